@@ -1,0 +1,30 @@
+# Everything runs from .venv, which is built from requirements.txt when it is missing.
+PYTHON ?= python3
+PY := .venv/bin/python
+
+help:            ## this list
+	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:[^#]*##/ /' | awk '{name = $$1; $$1 = ""; printf "  make %-8s%s\n", name, $$0}'
+
+train: .venv/made   ## train the default run into runs/default, or go on with it
+	$(PY) train.py $(if $(wildcard runs/default),--resume)
+
+probe: .venv/made   ## cluster and score the captures of runs/default
+	$(PY) probe.py runs/default
+
+quick: .venv/made   ## train and probe a small run, in seconds
+	$(PY) train.py --preset quick $(if $(wildcard runs/quick),--resume)
+	$(PY) probe.py runs/quick
+
+test: .venv/made    ## run the tests
+	$(PY) -m pytest -q test_all.py
+
+clean:           ## remove .venv, caches and the runs made by this file
+	rm -rf .venv .pytest_cache .hypothesis __pycache__ runs/default runs/quick
+
+.venv/made: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --requirement requirements.txt
+	touch $@
+
+.DEFAULT_GOAL := help
+.PHONY: help train probe quick test clean

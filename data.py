@@ -1,0 +1,552 @@
+"""The data: regular expressions, tasks, splits, tokens.
+
+A task maps inputs to outputs and is only ever described by instructions, strings sampled from regular expressions
+(figure 1 of Wu & Varshney, arXiv 2402.12151). Three chapters: an exact sampler of regular languages; tasks, random
+or from a file; the splits a model is trained and probed on.
+
+    python data.py                        print the default data set on a page
+    python data.py --tasks mine.json      print the data set of a tasks file
+
+Where we depart from the paper: it gives no regexes and no sizes; ours are in `random_pattern` and `DataConfig`.
+"""
+import argparse
+import dataclasses
+import json
+import os
+import random
+import re
+import sys
+from dataclasses import dataclass
+from itertools import islice, product
+from pathlib import Path
+from string import ascii_letters, ascii_lowercase, ascii_uppercase, digits
+from typing import NamedTuple
+
+import numpy as np
+
+# ---------------------------------------------------------------- regular expressions
+
+PRINTABLE = frozenset(map(chr, range(0x20, 0x7F)))
+ESCAPES = {"d": frozenset(digits), "s": frozenset(" "), "w": frozenset(ascii_letters + digits + "_")}
+ESCAPES |= {name.upper(): PRINTABLE - chars for name, chars in ESCAPES.items()}
+COUNTED = re.compile(r"\{([0-9]+)(?:,([0-9]*))?\}")
+MAX_STATES = 20_000     # of an automaton, beyond it a pattern is refused
+MAX_WORK = 2_000_000    # steps of one construction, likewise: about half a second
+
+
+class Regex:
+    """The language {s : re.fullmatch(pattern, s) and len(s) <= max_len}: counted, indexed and sampled exactly.
+
+    The pattern becomes a Thompson automaton and that a deterministic one, in which every string has one path however
+    ambiguous the pattern (Cox, swtch.com/~rsc/regexp/regexp1.html). Dynamic programming counts the paths; walking
+    them in a fixed order turns an index into a string (Goldberg & Sipser 1985), a uniform index into a uniform one.
+
+    Supported: literals, escaped punctuation, `.`, classes, `\\d \\w \\s \\D \\W \\S`, `( )`, `(?: )`, `|` and
+    `? * + {m} {m,} {m,n}`. `.`, negated classes and these escapes stay within printable ASCII (0x20 to 0x7e).
+    Raises ValueError for anything else, naming construct and position, and for what is too large to determinise.
+    """
+
+    def __init__(self, pattern: str, max_len: int = 64):
+        if not isinstance(pattern, str) or not isinstance(max_len, int) or max_len < 0:
+            raise ValueError(f"a regex needs a string and a length >= 0, not {pattern!r:.60} and {max_len!r:.60}")
+        self.pattern, self.max_len = pattern, max_len
+        self._edges, self._accept = _determinise(pattern, *_thompson(pattern))
+        # _counts[r][q]: how many strings of at most r characters lead from state q to acceptance
+        self._counts, n_edges = [[int(a) for a in self._accept]], sum(map(len, self._edges))
+        while len(self._counts) <= max_len:
+            last = self._counts[-1]
+            row = [a + sum(len(chars) * last[q] for chars, q in edges)
+                   for a, edges in zip(self._accept, self._edges)]
+            if row == last:             # there are no longer strings: all further rows are this one
+                self._counts += [last] * (max_len + 1 - len(self._counts))
+            self._counts.append(row)
+            if n_edges * len(self._counts) > MAX_WORK and row != last:
+                raise ValueError(f"{pattern!r:.60} is too large to count up to length {max_len}: lower max_len")
+        self.count = self._counts[max_len][0]
+
+    def unrank(self, i: int) -> str:
+        """The i-th string, 0 <= i < count, in a fixed order. Raises ValueError for any other i."""
+        if not 0 <= i < self.count:
+            raise ValueError(f"{self.pattern!r:.60} has {self.count} strings, none has the number {i}")
+        state, left, string = 0, self.max_len, ""
+        while not (self._accept[state] and i == 0):
+            i -= self._accept[state]    # the string that ends here came first
+            left -= 1
+            counts = self._counts[left]
+            for chars, target in self._edges[state]:
+                block = counts[target]
+                if i < block * len(chars):
+                    break
+                i -= block * len(chars)
+            which, i = divmod(i, block)
+            string += chars[which]
+            state = target
+        return string
+
+    def sample(self, n: int, rng: random.Random, unique: bool = True) -> list[str]:
+        """n strings, uniform over the language; all different if unique. Raises ValueError if it has too few."""
+        if self.count < (n if unique else min(n, 1)):
+            raise ValueError(f"{self.pattern!r:.60} has {self.count} strings of at most {self.max_len} characters, "
+                             f"{n} were asked for")
+        if not unique:
+            return [self.unrank(rng.randrange(self.count)) for _ in range(n)]
+        moved, strings = {}, []         # a Fisher-Yates shuffle that stores only what it has moved
+        for i in range(n):
+            j = rng.randrange(i, self.count)
+            strings.append(self.unrank(moved.get(j, j)))
+            moved[j] = moved.get(i, i)
+        return strings
+
+    def matches(self, s: str) -> bool:
+        """Whether s is in the language."""
+        state = 0
+        for c in s:
+            state = next((target for chars, target in self._edges[state] if c in chars), None)
+            if state is None:
+                return False
+        return self._accept[state] and len(s) <= self.max_len
+
+    def isdisjoint(self, other: "Regex") -> bool:
+        """Whether no string is in both languages: no pair of accepting states is reached by one string.
+
+        Raises ValueError if the product automaton is too large to walk.
+        """
+        seen, pairs, work = {(0, 0)}, [(0, 0, 0)], 0
+        for p, q, length in pairs:      # grows while it is walked, shortest strings first
+            if length > min(self.max_len, other.max_len):
+                break
+            if self._accept[p] and other._accept[q]:
+                return False
+            for (a, t), (b, u) in product(self._edges[p], other._edges[q]):
+                if (t, u) not in seen and any(c in b for c in a):
+                    seen.add((t, u))
+                    pairs.append((t, u, length + 1))
+            work += len(self._edges[p]) * len(other._edges[q])
+            if work > MAX_WORK:
+                raise ValueError(f"{self.pattern!r:.60} and {other.pattern!r:.60} are too large to compare")
+        return True
+
+
+def _thompson(pattern):
+    """Parse into an automaton: reads[s], what state s consumes (None: nothing), and leads[s], where it goes.
+
+    Recursive descent with its own stack, so nesting is not limited by Python's. An atom is (low, enter, leave):
+    its states are those from low up to the newest when it was finished, entered and left at the other two.
+    """
+    reads, leads = [], []
+
+    def fail(what, at, way_out):
+        raise ValueError(f"{what} at position {at} of {pattern!r:.60}: {way_out}")
+
+    def state(chars=None, targets=()):
+        if len(leads) >= MAX_STATES:
+            raise ValueError(f"{pattern!r:.60} needs more than {MAX_STATES} states: make it smaller")
+        reads.append(chars)
+        leads.append(list(targets))
+        return len(leads) - 1
+
+    def close(branches):                    # an alternation of concatenations of atoms
+        first, last = state(), state()
+        for atoms in branches:
+            here = first
+            for _, enter, leave in atoms:
+                leads[here].append(enter)
+                here = leave
+            leads[here].append(last)
+        return first, last
+
+    def repeat(low, enter, leave, least, most):     # most is None if open: a loop on the last copy
+        body = list(zip(reads[low:], map(tuple, leads[low:])))
+        shifts = [0] if most != 0 else []
+        for _ in range((max(least, 1) if most is None else most) - 1):
+            shifts.append(len(leads) - low)
+            for chars, targets in body:
+                state(chars, [t + shifts[-1] for t in targets])
+        first, last = state(), state()
+        here = first
+        for i, shift in enumerate(shifts):
+            leads[here] += [enter + shift, last] if i >= least else [enter + shift]
+            here = leave + shift
+        leads[here] += [enter + shifts[-1], last] if most is None else [last]
+        return low, first, last
+
+    def escape(at):                         # the characters of the escape at `at`, and where it ends
+        c = pattern[at + 1:at + 2]
+        if c not in ESCAPES and (not c or c.isascii() and c.isalnum()):
+            fail(f"unsupported escape \\{c}", at, "only \\d \\w \\s \\D \\W \\S and punctuation can be escaped")
+        return ESCAPES.get(c, frozenset(c)), at + 2
+
+    def char_class(at):                     # the characters of the class whose "[" is at `at`, and where it ends
+        negated = pattern.startswith("^", at + 1)
+        i = begin = at + 1 + negated
+        chars = set()
+        while i == begin or not pattern.startswith("]", i):     # a "]" that comes first is a character
+            if i >= len(pattern):
+                fail("unclosed [", at, "close it, or escape it")
+            start = i
+            low, i = escape(i) if pattern[i] == "\\" else (pattern[i], i + 1)
+            if pattern.startswith("-", i) and pattern[i + 1:i + 2] not in ("]", ""):
+                high, i = escape(i + 1) if pattern[i + 1] == "\\" else (pattern[i + 1], i + 2)
+                if len(low) * len(high) != 1 or not 0 <= ord(min(high)) - ord(min(low)) < MAX_STATES:
+                    fail(f"bad range {pattern[start:i]}", start, "it needs two characters, in order")
+                low = map(chr, range(ord(min(low)), ord(min(high)) + 1))
+            chars.update(low)
+        return (PRINTABLE - chars if negated else frozenset(chars)), i + 1
+
+    groups, branches = [], [[]]             # groups: where each open one began, and the branches around it
+    i, repeated = 0, False
+    while i < len(pattern):
+        at, c = i, pattern[i]
+        i += 1
+        if c in "?*+{":
+            if repeated:
+                fail(f"lazy, possessive or doubled quantifier {c}", at, "put what is repeated in (?:…)")
+            if not branches[-1]:
+                fail(f"nothing to repeat before {c}", at, "escape it, or put something before it")
+            least, most = {"?": (0, 1), "*": (0, None), "+": (1, None), "{": (1, 0)}[c]
+            if c == "{" and (counted := COUNTED.match(pattern, at)):
+                least, i = int(counted[1]), counted.end()
+                most = least if counted[2] is None else int(counted[2]) if counted[2] else None
+            if most is not None and most < least:
+                fail(f"bare or empty {pattern[at:i]}", at, "escape it, or write {m}, {m,} or {m,n} with m <= n")
+            branches[-1].append(repeat(*branches[-1].pop(), least, most))
+        elif c == "(":
+            if pattern.startswith("?", i) and not pattern.startswith("?:", i):
+                fail(f"unsupported group {pattern[at:at + 3]}", at, "only ( ) and (?: ) are supported")
+            i += 2 * pattern.startswith("?:", i)
+            groups.append((at, len(leads), branches))
+            branches = [[]]
+        elif c == "|":
+            branches.append([])
+        elif c == ")" and groups:
+            inside, (_, low, branches) = close(branches), groups.pop()
+            branches[-1].append((low, *inside))
+        elif c in "^$)]}":
+            fail(f"{'anchor' if c in '^$' else 'unmatched'} {c}", at, "escape it, or leave it out (all of a string is matched)")
+        else:
+            chars, i = (escape(at) if c == "\\" else char_class(at) if c == "[" else
+                        (PRINTABLE if c == "." else frozenset(c), i))
+            last = state()
+            branches[-1].append((last, state(chars, [last]), last))
+        repeated = c in "?*+{"
+    if groups:
+        fail("unclosed (", groups[-1][0], "close it, or escape it")
+    return reads, leads, *close(branches)
+
+
+def _determinise(pattern, reads, leads, first, last):
+    """Subset construction (Rabin & Scott 1959): edges[q], pairs (characters, target), and accept[q]; q = 0 starts.
+
+    Characters that no set of the pattern tells apart move together, so [a-z]{40} has one edge a state.
+    """
+    work, closures = 0, {}
+
+    def spend(steps):
+        nonlocal work
+        work += steps
+        if work > MAX_WORK:
+            raise ValueError(f"{pattern!r:.60} is too ambiguous for {MAX_WORK} steps: make it smaller")
+
+    def closure(s):                         # the reading or final states that s leads to without reading
+        if s not in closures:
+            seen, stack = {s}, [s]
+            while stack:
+                t = stack.pop()
+                if reads[t] is None:
+                    spend(len(leads[t]))
+                    stack += set(leads[t]) - seen
+                    seen.update(leads[t])
+            closures[s] = frozenset(t for t in seen if reads[t] is not None or t == last)
+        spend(len(closures[s]))
+        return closures[s]
+
+    kinds, alike = list({chars: None for chars in reads if chars is not None}), {}
+    alphabet = sorted(set().union(*kinds))
+    spend(len(alphabet) * len(kinds))
+    for c in alphabet:
+        alike.setdefault(tuple(c in chars for chars in kinds), []).append(c)
+    blocks = ["".join(block) for block in alike.values()]
+    blocks_of = {chars: [b for b, block in enumerate(blocks) if block[0] in chars] for chars in kinds}
+
+    number, edges = {closure(first): 0}, []
+    subsets = list(number)
+    for subset in subsets:                  # grows while it is walked
+        moves, targets = {}, {}
+        for s in subset:
+            for b in blocks_of.get(reads[s], ()):
+                moves.setdefault(b, set()).update(closure(leads[s][0]))
+        for b in sorted(moves):
+            target = frozenset(moves[b])
+            if target not in number:
+                number[target] = len(number)
+                subsets.append(target)
+            targets[number[target]] = targets.get(number[target], "") + blocks[b]
+        edges.append([(chars, q) for q, chars in targets.items()])
+        if len(subsets) > MAX_STATES:
+            raise ValueError(f"{pattern!r:.60} is too ambiguous for {MAX_STATES} states: make it smaller")
+    return edges, [last in subset for subset in subsets]
+
+
+# ---------------------------------------------------------------- tasks
+
+
+def knob(default, why):
+    """A field of a configuration: its default, and what `--help` says of it."""
+    return dataclasses.field(default=default, metadata={"help": why})
+
+
+@dataclass
+class DataConfig:
+    """Every knob of the data; `train.Config` adds the rest."""
+    seed: int = knob(0, "every random draw follows from it")
+    tasks: str = knob("", "a tasks file, in place of random tasks")
+    n_tasks: int = knob(16, "random tasks")
+    n_distributions: int = knob(3, "regexes a random task, and one more that is held out")
+    n_mappings: int = knob(5, "inputs a random task is defined on")
+    n_inputs: int = knob(10, "pool of inputs that random tasks share")
+    n_outputs: int = knob(20, "pool of outputs that random tasks share")
+    n_train: int = knob(20, "training instructions a regex")
+    n_val: int = knob(10, "instructions a regex in subset, in val and in ood")
+    max_len: int = knob(64, "longest instruction, in characters")
+
+
+class Task(NamedTuple):
+    """A function from inputs to outputs, the regexes that describe it, and one more that is never trained on."""
+    name: str
+    map: dict[str, str]
+    distributions: list[str]
+    held_out: str
+
+
+def random_pattern(rng: random.Random) -> str:
+    """Five parts in random order: two literals, two times two letters of a class of four, one of three words.
+
+    768 strings, all of 10 letters: the length gives nothing away.
+    """
+    words = ["".join(letters) for letters in product(ascii_lowercase, repeat=2)]
+    classes = ["[" + "".join(sorted(rng.sample(ascii_lowercase, 4))) + "]{2}" for _ in range(2)]
+    parts = [*rng.sample(words, 2), *classes, "(" + "|".join(rng.sample(words, 3)) + ")"]
+    return "".join(rng.sample(parts, len(parts)))
+
+
+def random_tasks(cfg: DataConfig) -> list[Task]:
+    """Tasks whose languages are all disjoint, with inputs and outputs dealt evenly from shared pools.
+
+    Raises ValueError for impossible sizes, and for pools so large that a word gives its task away.
+    """
+    for name, pool in ("n_inputs", cfg.n_inputs), ("n_outputs", cfg.n_outputs):
+        most = cfg.n_tasks * cfg.n_mappings // 2
+        if not cfg.n_mappings <= pool <= most:
+            raise ValueError(f"{name} is {pool}: it must be at least n_mappings ({cfg.n_mappings}) and at most "
+                             f"n_tasks * n_mappings / 2 ({most}), or some word would give its task away")
+    rng, regexes = random.Random(f"{cfg.seed}/tasks"), []
+    names = ("".join(letters) for length in (1, 2, 3) for letters in product(ascii_uppercase, repeat=length))
+    inputs, outputs = dict.fromkeys(islice(names, cfg.n_inputs), 0), dict.fromkeys(map(str, range(cfg.n_outputs)), 0)
+
+    def deal(used):                     # the least used words first: all end up in as many tasks, give or take one
+        chosen = sorted(used, key=lambda word: (used[word], rng.random()))[:cfg.n_mappings]
+        used.update({word: used[word] + 1 for word in chosen})
+        return rng.sample(chosen, len(chosen))
+
+    def fresh_pattern():
+        while True:
+            regex = Regex(random_pattern(rng), cfg.max_len)
+            if all(regex.isdisjoint(other) for other in regexes):
+                regexes.append(regex)
+                return regex.pattern
+
+    return [Task(f"t{t:02d}", dict(zip(deal(inputs), deal(outputs))),
+                 [fresh_pattern() for _ in range(cfg.n_distributions)], fresh_pattern()) for t in range(cfg.n_tasks)]
+
+
+def write(path: str | Path, content: str | bytes):
+    """Write a file aside and rename it, so that a reader, or a kill, finds the old file or the new one, whole."""
+    aside = Path(f"{path}.tmp")
+    aside.write_bytes(content if isinstance(content, bytes) else content.encode())
+    os.replace(aside, path)
+
+
+def write_tasks(path: str | Path, tokens: str, tasks: list[Task]):
+    """Write a tasks file; tokens, "characters" or "words", is what instructions are cut into."""
+    spec = {"tokens": tokens, "tasks": [task._asdict() for task in tasks]}
+    write(path, json.dumps(spec, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_tasks(path: str | Path, max_len: int = 64) -> tuple[str, list[Task]]:
+    """Read a tasks file. Raises ValueError naming the task and what is wrong, OSError if it cannot be read."""
+    def check(right, where, rule):
+        if not right:
+            raise ValueError(f"{path}, {where}: {rule}")
+
+    try:
+        spec = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise ValueError(f"{path} is not a tasks file, it is not JSON: {e}") from None
+    check(isinstance(spec, dict) and spec.get("tokens") in ("characters", "words"), "tokens",
+          'must be "characters" or "words"')
+    check(isinstance(spec.get("tasks"), list) and spec["tasks"], "tasks", "must be a list of tasks")
+    tasks, regexes = {}, {}
+    for number, entry in enumerate(spec["tasks"]):
+        missing = [key for key in Task._fields if not (isinstance(entry, dict) and key in entry)]
+        check(not missing, f"task number {number}", f"add the missing {', '.join(missing)}")
+        task = Task(**{key: entry[key] for key in Task._fields})
+        where = f"task {task.name!r}"
+        check(isinstance(task.name, str) and task.name not in tasks, where, "needs a name of its own")
+        check(isinstance(task.map, dict) and task.map and all(isinstance(word, str) and word.strip()
+              for pair in task.map.items() for word in pair), f"{where}, map", "must give inputs their outputs")
+        check(isinstance(task.distributions, list) and task.distributions, f"{where}, distributions",
+              "must list at least one regex")
+        for pattern in (*task.distributions, task.held_out):
+            try:
+                regex = Regex(pattern, max_len)
+                twin = next((other for other in regexes if not regex.isdisjoint(regexes[other])), None)
+            except ValueError as e:
+                raise ValueError(f"{path}, {where}: {e}") from None
+            check(twin is None, where, f"{pattern!r} and {twin!r} have strings in common, make them disjoint")
+            regexes[pattern] = regex
+        tasks[task.name] = task
+    return spec["tokens"], list(tasks.values())
+
+
+# ---------------------------------------------------------------- splits and tokens
+
+PAD, SEP, ANS, EOS = SPECIALS = "<pad>", "<sep>", "<ans>", "<eos>"      # <pad> is token 0
+
+
+class Instance(NamedTuple):
+    """One line of the data: what is read and answered, and the numbers of its task and of its regex."""
+    instruction: str
+    input: str
+    output: str
+    task: int
+    distribution: int
+
+
+IDENTITIES = {      # what an instance can be grouped by; one more line adds one
+    "task": lambda x: x.task,
+    "distribution": lambda x: x.distribution,
+    "input": lambda x: x.input,
+    "output": lambda x: x.output,
+}
+
+
+class Split(NamedTuple):
+    """N instances, instruction by instruction, as rows of T tokens, padded on the right."""
+    instances: list[Instance]
+    tokens: np.ndarray                      # (N, T) int64
+    answer: np.ndarray                      # (N, T) bool: the output and its <eos>
+    identities: dict[str, np.ndarray]       # name -> (N,) int64
+    positions: dict[str, tuple]             # name -> rows and columns of `tokens` where a state is read
+
+    def labels(self, position: str) -> dict[str, np.ndarray]:
+        """name -> (n,) int64, a label for each state read at a position.
+
+        `instruction` is read once a string, so it has only the identities that the string decides.
+        """
+        rows, _ = self.positions[position]
+        read = np.searchsorted(rows, np.arange(len(self.tokens)), side="right") - 1     # (N,) which state is mine
+        return {name: ids[rows] for name, ids in self.identities.items() if (ids == ids[rows][read]).all()}
+
+
+class Dataset(NamedTuple):
+    """What a run is about; token i reads vocabulary[i]."""
+    tokens: str                             # "characters" or "words": what instructions are cut into
+    tasks: list[Task]
+    vocabulary: list[str]
+    splits: dict[str, Split]                # train, subset, val, ood
+
+
+def make_dataset(cfg: DataConfig) -> Dataset:
+    """Tasks, vocabulary and splits, the same for the same cfg anywhere. Raises ValueError for impossible sizes."""
+    for name, size in vars(cfg).items():
+        if name.startswith("n_") and size < 1:
+            raise ValueError(f"{name} is {size}, it must be at least 1")
+    if cfg.n_val > cfg.n_train:
+        raise ValueError(f"n_val ({cfg.n_val}) is above n_train ({cfg.n_train}): subset must be as large as val")
+    tokens, tasks = read_tasks(cfg.tasks, cfg.max_len) if cfg.tasks else ("characters", random_tasks(cfg))
+    instances, number = {"train": [], "subset": [], "val": [], "ood": []}, 0
+    for t, task in enumerate(tasks):
+        for m, pattern in enumerate((*task.distributions, task.held_out)):
+            trained = m < len(task.distributions)
+            rng = random.Random(f"{cfg.seed}/instructions/{number}")
+            try:                            # distinct strings, so none is in both parts
+                strings = Regex(pattern, cfg.max_len).sample(cfg.n_val + trained * cfg.n_train, rng)
+            except ValueError as e:
+                raise ValueError(f"task {task.name}: {e}; lower n_train or n_val, or widen the regex") from None
+            unseen, train = strings[:cfg.n_val], strings[cfg.n_val:]
+            for name, some in ("train", train), ("subset", train[:cfg.n_val]), ("val" if trained else "ood", unseen):
+                instances[name] += [Instance(s, i, o, t, number) for s in some for i, o in task.map.items()]
+            number += 1
+
+    def cut(text, into):
+        return list(text) if into == "characters" else re.findall(r"\w+|[^\w\s]", text)
+
+    everything = [x for some in instances.values() for x in some]
+    texts = {x: [*cut(x.instruction, tokens), SEP, *cut(x.input, "words"), ANS, *cut(x.output, "words"), EOS]
+             for x in everything}
+    vocabulary = [*SPECIALS, *sorted(set().union(*texts.values()) - set(SPECIALS))]
+    width, id_of = max(map(len, texts.values())), {token: i for i, token in enumerate(vocabulary)}
+    values = {name: sorted({identity(x) for x in everything}) for name, identity in IDENTITIES.items()}
+    splits = {}
+    for name, some in instances.items():
+        rows = np.array([[id_of[token] for token in texts[x]] + [0] * (width - len(texts[x])) for x in some])
+        sep, ans = ((rows == id_of[mark]).argmax(1) for mark in (SEP, ANS))
+        first = np.array([i for i, x in enumerate(some) if i == 0 or x.instruction != some[i - 1].instruction])
+        splits[name] = Split(
+            some, rows, (np.arange(width) > ans[:, None]) & (rows != 0),
+            {key: np.searchsorted(values[key], [identity(x) for x in some]) for key, identity in IDENTITIES.items()},
+            {"instruction": (first, sep[first]), "answer": (np.arange(len(some)), ans)})
+    return Dataset(tokens, tasks, vocabulary, splits)
+
+
+# ---------------------------------------------------------------- the command line
+
+
+class Flags(argparse.ArgumentParser):
+    """A command line with a flag for every knob of a configuration; what is parsed holds only what was given."""
+
+    def __init__(self, config: type | None = None, **texts):
+        super().__init__(allow_abbrev=False, **texts)
+        for field in dataclasses.fields(config) if config else ():
+            self.add_argument("--" + field.name.replace("_", "-"), type=field.type, default=argparse.SUPPRESS,
+                              metavar=field.type.__name__.upper(),
+                              help=f"{field.metadata['help']} (default: {field.default!r})")
+
+    def error(self, message):
+        raise ValueError(f"{message}; --help lists the flags")
+
+
+def command_line(main):
+    """Run main(). Bad input becomes one line, `error: what to do`, on stderr and exit status 2."""
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+def main():
+    """Print a data set on a page."""
+    cfg = DataConfig(**vars(Flags(DataConfig, description="Print a data set on a page.").parse_args()))
+    data = make_dataset(cfg)
+    print(f"{len(data.tasks)} tasks, {len(data.vocabulary)} tokens, at most {data.splits['train'].tokens.shape[1]} "
+          f"a sequence; instructions are cut into {data.tokens}\n")
+    print("split    instructions  instances  tasks  regexes")
+    for name, split in data.splits.items():
+        print(f"{name:7}{len(split.positions['instruction'][0]):14,}{len(split.instances):11,}"
+              f"{len(set(split.identities['task'])):7}{len(set(split.identities['distribution'])):9}")
+    task = data.tasks[0]
+    print(f"\ntask {task.name} maps " + ", ".join(f"{i} to {o}" for i, o in task.map.items()))
+    for m, pattern in enumerate((*task.distributions, task.held_out)):
+        kind = f"regex {m}" if m < len(task.distributions) else "held out"
+        regex = Regex(pattern, cfg.max_len)
+        print(f"  {kind:8}  {pattern}   {regex.count:,} strings: {' '.join(regex.sample(3, random.Random(0)))} ...")
+    for name, split in data.splits.items():
+        print(f"\n{name}")
+        for row in random.Random(f"{cfg.seed}/print").sample(range(len(split.tokens)), 5):
+            words = [data.vocabulary[i] for i in split.tokens[row]]
+            print("  " + " ".join(words) + f"   task {split.instances[row].task}")
+
+
+if __name__ == "__main__":
+    command_line(main)

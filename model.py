@@ -1,0 +1,114 @@
+"""The model: GPT-2's architecture, small, and honest about its inside.
+
+    logits, states = GPT(ModelConfig(vocab_size=60, block_size=14))(idx)
+
+`forward` always returns both the logits of all positions and the residual stream after every block, because the
+stream is what this project studies. Layer 0 is the embedding output, layer l the stream after block l; none is
+normalised: the final norm comes after the last layer, on the way to the head.
+
+As in GPT-2: normalisation before each sublayer, learned positions, GELU (tanh form), a head tied to the embedding.
+Departure: no dropout, the data is never seen often enough to need it.
+
+Shapes, here and in the other files: B batch, T positions, C width, H heads, L blocks, V vocabulary.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class ModelConfig:
+    """Sizes of a GPT. Raises ValueError if the width does not divide among the heads."""
+    vocab_size: int         # V
+    block_size: int         # the most positions it can read
+    n_layer: int = 4        # L
+    n_head: int = 4         # H
+    n_embd: int = 64        # C
+
+    def __post_init__(self):
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention (Vaswani et al. 2017): (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.n_head = cfg.n_head
+        self.qkv = nn.Linear(cfg.n_embd, 3 * cfg.n_embd)
+        self.out = nn.Linear(cfg.n_embd, cfg.n_embd)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)   # (B, H, T, C/H)
+        # One call for every device: fused on CUDA and CPU. Sequences are padded on the right, so the causal mask is
+        # the only one needed: no real token ever looks at a pad.
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    """Two linear maps around a GELU, four times as wide inside: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.up = nn.Linear(cfg.n_embd, 4 * cfg.n_embd)
+        self.out = nn.Linear(4 * cfg.n_embd, cfg.n_embd)
+
+    def forward(self, x):
+        return self.out(F.gelu(self.up(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Each sublayer reads the normalised stream and adds to it: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.norm_attention, self.attention = nn.LayerNorm(cfg.n_embd), Attention(cfg)
+        self.norm_mlp, self.mlp = nn.LayerNorm(cfg.n_embd), MLP(cfg)
+
+    def forward(self, x):
+        x = x + self.attention(self.norm_attention(x))
+        return x + self.mlp(self.norm_mlp(x))
+
+
+class GPT(nn.Module):
+    """The whole network. `generator` decides its initial weights, which are GPT-2's:
+
+    | what                                          | drawn from                 |
+    |-----------------------------------------------|----------------------------|
+    | embeddings and linear maps                    | N(0, 0.02)                 |
+    | the maps back into the stream (`out.weight`)  | N(0, 0.02 / sqrt(2 L))     |
+    | biases, norms                                 | 0, and gain 1              |
+    """
+
+    def __init__(self, cfg: ModelConfig, generator: torch.Generator | None = None):
+        super().__init__()
+        self.cfg = cfg
+        self.token = nn.Embedding(cfg.vocab_size, cfg.n_embd)
+        self.position = nn.Embedding(cfg.block_size, cfg.n_embd)
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
+        self.norm = nn.LayerNorm(cfg.n_embd)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                std = 0.02 / math.sqrt(2 * cfg.n_layer) if name.endswith("out.weight") else 0.02
+                nn.init.normal_(p, std=std, generator=generator)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def forward(self, idx: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """idx (B, T) int64 -> logits (B, T, V) and L + 1 states (B, T, C): the embedding, then after each block."""
+        x = self.token(idx) + self.position.weight[:idx.shape[1]]
+        states = [x]
+        for block in self.blocks:
+            x = block(x)
+            states.append(x)
+        return self.head(x), states
+
+    def head(self, x: torch.Tensor) -> torch.Tensor:
+        """Last states (..., C) -> logits (..., V), by way of the final norm and the tied embedding."""
+        return F.linear(self.norm(x), self.token.weight)
