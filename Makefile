@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 
 help:            ## this list
-	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:[^#]*##/ /' | awk '{name = $$1; $$1 = ""; printf "  make %-8s%s\n", name, $$0}'
+	@awk -F ':.*## *' '/^[a-z]+:.*##/ {printf "  make %-7s %s\n", $$1, $$2}' Makefile
 
 train: .venv/made   ## train the default run into runs/default, or go on with it
 	$(PY) train.py $(if $(wildcard runs/default),--resume)

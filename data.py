@@ -1,13 +1,13 @@
 """The data: regular expressions, tasks, splits, tokens.
 
-A task maps inputs to outputs and is only ever described by instructions, strings sampled from regular expressions
-(figure 1 of Wu & Varshney, arXiv 2402.12151). Three chapters: an exact sampler of regular languages; tasks, random
-or from a file; the splits a model is trained and probed on.
+A task maps inputs to outputs and is only ever described by instructions: strings sampled from regular
+expressions (figure 1 of Wu & Varshney, arXiv 2402.12151). Three chapters: an exact sampler of regular
+languages; tasks, random or from a file; the splits that a model is trained and probed on.
 
     python data.py                        print the default data set on a page
     python data.py --tasks mine.json      print the data set of a tasks file
 
-Where we depart from the paper: it gives no regexes and no sizes; ours are in `random_pattern` and `DataConfig`.
+Our choices, since the paper gives no regexes and no sizes: `random_pattern` and `DataConfig`.
 """
 import argparse
 import dataclasses
@@ -35,40 +35,41 @@ MAX_WORK = 2_000_000    # steps of one construction, likewise: about half a seco
 
 
 class Regex:
-    """The language {s : re.fullmatch(pattern, s) and len(s) <= max_len}: counted, indexed and sampled exactly.
+    """The language {s : re.fullmatch(pattern, s), len(s) <= max_len}: counted, indexed and sampled exactly.
 
-    The pattern becomes a Thompson automaton and that a deterministic one, in which every string has one path however
-    ambiguous the pattern (Cox, swtch.com/~rsc/regexp/regexp1.html). Dynamic programming counts the paths; walking
-    them in a fixed order turns an index into a string (Goldberg & Sipser 1985), a uniform index into a uniform one.
+    The pattern becomes a Thompson automaton and that a deterministic one, in which a string has one path,
+    however ambiguous the pattern (Cox, swtch.com/~rsc/regexp/regexp1.html). Dynamic programming counts the
+    paths, and walking them in a fixed order turns an index into a string (Goldberg & Sipser 1985): a uniform
+    index is a uniform string.
 
     Supported: literals, escaped punctuation, `.`, classes, `\\d \\w \\s \\D \\W \\S`, `( )`, `(?: )`, `|` and
     `? * + {m} {m,} {m,n}`. `.`, negated classes and these escapes stay within printable ASCII (0x20 to 0x7e).
-    Raises ValueError for anything else, naming construct and position, and for what is too large to determinise.
+    Raises ValueError for anything else, naming construct and position, and for what is too large to count.
     """
 
     def __init__(self, pattern: str, max_len: int = 64):
         if not isinstance(pattern, str) or not isinstance(max_len, int) or max_len < 0:
-            raise ValueError(f"a regex needs a string and a length >= 0, not {pattern!r:.60} and {max_len!r:.60}")
+            raise ValueError(f"not a string and a length of at least 0: {pattern!r:.60}, {max_len!r:.60}")
         self.pattern, self.max_len = pattern, max_len
         self._edges, self._accept = _determinise(pattern, *_thompson(pattern))
-        # _counts[r][q]: how many strings of at most r characters lead from state q to acceptance
+        # counts[r][q]: strings of at most r characters that lead from state q to acceptance; the last row is
+        # the first beyond which no string is longer
         self._counts, n_edges = [[int(a) for a in self._accept]], sum(map(len, self._edges))
-        while len(self._counts) <= max_len:
-            last = self._counts[-1]
-            row = [a + sum(len(chars) * last[q] for chars, q in edges)
+        for r in range(max_len):
+            row = [a + sum(len(chars) * self._counts[r][q] for chars, q in edges)
                    for a, edges in zip(self._accept, self._edges)]
-            if row == last:             # there are no longer strings: all further rows are this one
-                self._counts += [last] * (max_len + 1 - len(self._counts))
+            if row == self._counts[r]:
+                break
             self._counts.append(row)
-            if n_edges * len(self._counts) > MAX_WORK and row != last:
-                raise ValueError(f"{pattern!r:.60} is too large to count up to length {max_len}: lower max_len")
-        self.count = self._counts[max_len][0]
+            if n_edges * r > MAX_WORK:
+                raise ValueError(f"{pattern!r:.60} is too large to count: lower max_len, it is {max_len}")
+        self.count = self._counts[-1][0]
 
     def unrank(self, i: int) -> str:
         """The i-th string, 0 <= i < count, in a fixed order. Raises ValueError for any other i."""
         if not 0 <= i < self.count:
             raise ValueError(f"{self.pattern!r:.60} has {self.count} strings, none has the number {i}")
-        state, left, string = 0, self.max_len, ""
+        state, left, string = 0, len(self._counts) - 1, ""
         while not (self._accept[state] and i == 0):
             i -= self._accept[state]    # the string that ends here came first
             left -= 1
@@ -84,10 +85,10 @@ class Regex:
         return string
 
     def sample(self, n: int, rng: random.Random, unique: bool = True) -> list[str]:
-        """n strings, uniform over the language; all different if unique. Raises ValueError if it has too few."""
+        """n strings, uniform over the language, distinct if unique. Raises ValueError if there are too few."""
         if self.count < (n if unique else min(n, 1)):
-            raise ValueError(f"{self.pattern!r:.60} has {self.count} strings of at most {self.max_len} characters, "
-                             f"{n} were asked for")
+            raise ValueError(f"{self.pattern!r:.60} has {self.count} strings of at most {self.max_len} "
+                             f"characters, {n} were asked for")
         if not unique:
             return [self.unrank(rng.randrange(self.count)) for _ in range(n)]
         moved, strings = {}, []         # a Fisher-Yates shuffle that stores only what it has moved
@@ -127,16 +128,70 @@ class Regex:
         return True
 
 
+def _fail(pattern, what, at, way_out):
+    raise ValueError(f"{what} at position {at} of {pattern!r:.60}: {way_out}")
+
+
+def _lex(pattern):
+    """Yield (position, kind, value): "set" and characters, "repeat" and bounds, or one of ( | ) and None."""
+    def element(at):                        # a character, or what an escape stands for, and where it ends
+        if pattern[at] != "\\":
+            return frozenset(pattern[at]), at + 1
+        c = pattern[at + 1:at + 2]
+        if c not in ESCAPES and (not c or c.isascii() and c.isalnum()):
+            what = "anchor" if c and c in "bBAZ" else "back-reference" if c.isdigit() else "escape"
+            _fail(pattern, f"{what} \\{c}", at, "only punctuation, d, w, s, D, W and S go with a backslash; "
+                  "the whole string is always matched")
+        return ESCAPES.get(c, frozenset(c)), at + 2
+
+    def char_class(at):
+        negated = pattern.startswith("^", at + 1)
+        chars, i = set(), at + 1 + negated
+        while i == at + 1 + negated or not pattern.startswith("]", i):      # a "]" in front is a character
+            if i >= len(pattern):
+                _fail(pattern, "unclosed [", at, "close it, or escape it")
+            start, (low, i) = i, element(i)
+            if pattern.startswith("-", i) and pattern[i + 1:i + 2] not in ("]", ""):
+                high, i = element(i + 1)
+                if len(low) * len(high) > 1 or not 0 <= ord(min(high)) - ord(min(low)) < MAX_STATES:
+                    _fail(pattern, f"bad range {pattern[start:i]}", start, "two characters, in order")
+                low = map(chr, range(ord(min(low)), ord(min(high)) + 1))
+            chars.update(low)
+        return (PRINTABLE - chars if negated else frozenset(chars)), i + 1
+
+    i = 0
+    while i < len(pattern):
+        at, c = i, pattern[i]
+        i += 1
+        if c in "?*+{":
+            counted = COUNTED.match(pattern, at)
+            least, most = {"?": (0, 1), "*": (0, None), "+": (1, None), "{": (1, 0)}[c]
+            if counted:
+                least, most, i = int(counted[1]), counted[2], counted.end()
+                most = least if most is None else int(most) if most else None
+            if most is not None and most < least:
+                _fail(pattern, f"bare or empty {pattern[at:i]}", at, "escape it, or write {m}, {m,} or {m,n}")
+            yield at, "repeat", (least, most)
+        elif c in "(|)":
+            i += 2 * pattern.startswith("(?:", at)
+            if pattern.startswith("(?", at) and i == at + 1:
+                _fail(pattern, f"group {pattern[at:at + 3]}", at, "only ( ) and (?: ) are supported")
+            yield at, c, None
+        elif c in "^$]}":
+            _fail(pattern, f"{'anchor' if c in '^$' else 'bare'} {c}", at, "escape it, or leave it out: "
+                  "the whole string is always matched")
+        else:
+            chars, i = char_class(at) if c == "[" else (PRINTABLE, i) if c == "." else element(at)
+            yield at, "set", chars
+
+
 def _thompson(pattern):
     """Parse into an automaton: reads[s], what state s consumes (None: nothing), and leads[s], where it goes.
 
-    Recursive descent with its own stack, so nesting is not limited by Python's. An atom is (low, enter, leave):
-    its states are those from low up to the newest when it was finished, entered and left at the other two.
+    Open groups wait on a list, so nesting is not limited by Python's. An atom is (low, enter, leave): entered
+    and left at these two, it is made of the states from low up to the newest one when it was finished.
     """
     reads, leads = [], []
-
-    def fail(what, at, way_out):
-        raise ValueError(f"{what} at position {at} of {pattern!r:.60}: {way_out}")
 
     def state(chars=None, targets=()):
         if len(leads) >= MAX_STATES:
@@ -155,7 +210,7 @@ def _thompson(pattern):
             leads[here].append(last)
         return first, last
 
-    def repeat(low, enter, leave, least, most):     # most is None if open: a loop on the last copy
+    def repeat(low, enter, leave, least, most):     # most is None: open, a loop on the last copy
         body = list(zip(reads[low:], map(tuple, leads[low:])))
         shifts = [0] if most != 0 else []
         for _ in range((max(least, 1) if most is None else most) - 1):
@@ -170,74 +225,38 @@ def _thompson(pattern):
         leads[here] += [enter + shifts[-1], last] if most is None else [last]
         return low, first, last
 
-    def escape(at):                         # the characters of the escape at `at`, and where it ends
-        c = pattern[at + 1:at + 2]
-        if c not in ESCAPES and (not c or c.isascii() and c.isalnum()):
-            fail(f"unsupported escape \\{c}", at, "only \\d \\w \\s \\D \\W \\S and punctuation can be escaped")
-        return ESCAPES.get(c, frozenset(c)), at + 2
-
-    def char_class(at):                     # the characters of the class whose "[" is at `at`, and where it ends
-        negated = pattern.startswith("^", at + 1)
-        i = begin = at + 1 + negated
-        chars = set()
-        while i == begin or not pattern.startswith("]", i):     # a "]" that comes first is a character
-            if i >= len(pattern):
-                fail("unclosed [", at, "close it, or escape it")
-            start = i
-            low, i = escape(i) if pattern[i] == "\\" else (pattern[i], i + 1)
-            if pattern.startswith("-", i) and pattern[i + 1:i + 2] not in ("]", ""):
-                high, i = escape(i + 1) if pattern[i + 1] == "\\" else (pattern[i + 1], i + 2)
-                if len(low) * len(high) != 1 or not 0 <= ord(min(high)) - ord(min(low)) < MAX_STATES:
-                    fail(f"bad range {pattern[start:i]}", start, "it needs two characters, in order")
-                low = map(chr, range(ord(min(low)), ord(min(high)) + 1))
-            chars.update(low)
-        return (PRINTABLE - chars if negated else frozenset(chars)), i + 1
-
-    groups, branches = [], [[]]             # groups: where each open one began, and the branches around it
-    i, repeated = 0, False
-    while i < len(pattern):
-        at, c = i, pattern[i]
-        i += 1
-        if c in "?*+{":
-            if repeated:
-                fail(f"lazy, possessive or doubled quantifier {c}", at, "put what is repeated in (?:…)")
-            if not branches[-1]:
-                fail(f"nothing to repeat before {c}", at, "escape it, or put something before it")
-            least, most = {"?": (0, 1), "*": (0, None), "+": (1, None), "{": (1, 0)}[c]
-            if c == "{" and (counted := COUNTED.match(pattern, at)):
-                least, i = int(counted[1]), counted.end()
-                most = least if counted[2] is None else int(counted[2]) if counted[2] else None
-            if most is not None and most < least:
-                fail(f"bare or empty {pattern[at:i]}", at, "escape it, or write {m}, {m,} or {m,n} with m <= n")
-            branches[-1].append(repeat(*branches[-1].pop(), least, most))
-        elif c == "(":
-            if pattern.startswith("?", i) and not pattern.startswith("?:", i):
-                fail(f"unsupported group {pattern[at:at + 3]}", at, "only ( ) and (?: ) are supported")
-            i += 2 * pattern.startswith("?:", i)
+    groups, branches, previous = [], [[]], None     # groups: where each began, and the branches around it
+    for at, kind, value in _lex(pattern):
+        if kind == "set":
+            last = state()
+            branches[-1].append((last, state(value, [last]), last))
+        elif kind == "repeat":
+            if not branches[-1] or previous == "repeat":
+                c, what = pattern[at], {"?": "lazy", "+": "possessive"}
+                what = what.get(c, "doubled") if branches[-1] else "leading"
+                _fail(pattern, f"{what} quantifier {c}", at, "escape it, or put what it repeats in (?: )")
+            branches[-1].append(repeat(*branches[-1].pop(), *value))
+        elif kind == "(":
             groups.append((at, len(leads), branches))
             branches = [[]]
-        elif c == "|":
+        elif kind == "|":
             branches.append([])
-        elif c == ")" and groups:
+        else:
+            if not groups:
+                _fail(pattern, "unmatched )", at, "escape it, or open a group")
             inside, (_, low, branches) = close(branches), groups.pop()
             branches[-1].append((low, *inside))
-        elif c in "^$)]}":
-            fail(f"{'anchor' if c in '^$' else 'unmatched'} {c}", at, "escape it, or leave it out (all of a string is matched)")
-        else:
-            chars, i = (escape(at) if c == "\\" else char_class(at) if c == "[" else
-                        (PRINTABLE if c == "." else frozenset(c), i))
-            last = state()
-            branches[-1].append((last, state(chars, [last]), last))
-        repeated = c in "?*+{"
+        previous = kind
     if groups:
-        fail("unclosed (", groups[-1][0], "close it, or escape it")
+        _fail(pattern, "unclosed (", groups[-1][0], "close it, or escape it")
     return reads, leads, *close(branches)
 
 
 def _determinise(pattern, reads, leads, first, last):
-    """Subset construction (Rabin & Scott 1959): edges[q], pairs (characters, target), and accept[q]; q = 0 starts.
+    """Subset construction (Rabin & Scott 1959): edges[q], pairs (characters, target), and accept[q].
 
-    Characters that no set of the pattern tells apart move together, so [a-z]{40} has one edge a state.
+    State 0 is the start. Characters that no set of the pattern tells apart move together, so [a-z]{40} has
+    one edge a state.
     """
     work, closures = 0, {}
 
@@ -311,7 +330,7 @@ class DataConfig:
 
 
 class Task(NamedTuple):
-    """A function from inputs to outputs, the regexes that describe it, and one more that is never trained on."""
+    """A function from inputs to outputs, the regexes that describe it, and one never trained on."""
     name: str
     map: dict[str, str]
     distributions: list[str]
@@ -337,13 +356,14 @@ def random_tasks(cfg: DataConfig) -> list[Task]:
     for name, pool in ("n_inputs", cfg.n_inputs), ("n_outputs", cfg.n_outputs):
         most = cfg.n_tasks * cfg.n_mappings // 2
         if not cfg.n_mappings <= pool <= most:
-            raise ValueError(f"{name} is {pool}: it must be at least n_mappings ({cfg.n_mappings}) and at most "
+            raise ValueError(f"{name} is {pool}, it must be from n_mappings ({cfg.n_mappings}) to "
                              f"n_tasks * n_mappings / 2 ({most}), or some word would give its task away")
     rng, regexes = random.Random(f"{cfg.seed}/tasks"), []
     names = ("".join(letters) for length in (1, 2, 3) for letters in product(ascii_uppercase, repeat=length))
-    inputs, outputs = dict.fromkeys(islice(names, cfg.n_inputs), 0), dict.fromkeys(map(str, range(cfg.n_outputs)), 0)
+    inputs = dict.fromkeys(islice(names, cfg.n_inputs), 0)
+    outputs = dict.fromkeys(map(str, range(cfg.n_outputs)), 0)
 
-    def deal(used):                     # the least used words first: all end up in as many tasks, give or take one
+    def deal(used):                     # the least used first: all end up in as many tasks, give or take one
         chosen = sorted(used, key=lambda word: (used[word], rng.random()))[:cfg.n_mappings]
         used.update({word: used[word] + 1 for word in chosen})
         return rng.sample(chosen, len(chosen))
@@ -356,11 +376,12 @@ def random_tasks(cfg: DataConfig) -> list[Task]:
                 return regex.pattern
 
     return [Task(f"t{t:02d}", dict(zip(deal(inputs), deal(outputs))),
-                 [fresh_pattern() for _ in range(cfg.n_distributions)], fresh_pattern()) for t in range(cfg.n_tasks)]
+                 [fresh_pattern() for _ in range(cfg.n_distributions)], fresh_pattern())
+            for t in range(cfg.n_tasks)]
 
 
 def write(path: str | Path, content: str | bytes):
-    """Write a file aside and rename it, so that a reader, or a kill, finds the old file or the new one, whole."""
+    """Write a file aside and rename it: whoever looks finds the old file or the new one, whole."""
     aside = Path(f"{path}.tmp")
     aside.write_bytes(content if isinstance(content, bytes) else content.encode())
     os.replace(aside, path)
@@ -373,7 +394,7 @@ def write_tasks(path: str | Path, tokens: str, tasks: list[Task]):
 
 
 def read_tasks(path: str | Path, max_len: int = 64) -> tuple[str, list[Task]]:
-    """Read a tasks file. Raises ValueError naming the task and what is wrong, OSError if it cannot be read."""
+    """Read a tasks file. Raises ValueError naming task and fault, OSError if it cannot be read."""
     def check(right, where, rule):
         if not right:
             raise ValueError(f"{path}, {where}: {rule}")
@@ -382,20 +403,20 @@ def read_tasks(path: str | Path, max_len: int = 64) -> tuple[str, list[Task]]:
         spec = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as e:
         raise ValueError(f"{path} is not a tasks file, it is not JSON: {e}") from None
-    check(isinstance(spec, dict) and spec.get("tokens") in ("characters", "words"), "tokens",
-          'must be "characters" or "words"')
-    check(isinstance(spec.get("tasks"), list) and spec["tasks"], "tasks", "must be a list of tasks")
+    check(isinstance(spec, dict) and isinstance(spec.get("tasks"), list), "tasks", "must be a list")
+    check(spec["tasks"], "tasks", "must not be empty")
+    check(spec.get("tokens") in ("characters", "words"), "tokens", 'must be "characters" or "words"')
     tasks, regexes = {}, {}
     for number, entry in enumerate(spec["tasks"]):
-        missing = [key for key in Task._fields if not (isinstance(entry, dict) and key in entry)]
-        check(not missing, f"task number {number}", f"add the missing {', '.join(missing)}")
+        where = f"task {entry.get('name', number) if isinstance(entry, dict) else number}"
+        for key, kind in {"name": str, "map": dict, "distributions": list, "held_out": str}.items():
+            check(isinstance(entry, dict) and isinstance(entry.get(key), kind) and entry[key],
+                  f"{where}, {key}", f"is missing, empty or not a {kind.__name__}")
         task = Task(**{key: entry[key] for key in Task._fields})
-        where = f"task {task.name!r}"
-        check(isinstance(task.name, str) and task.name not in tasks, where, "needs a name of its own")
-        check(isinstance(task.map, dict) and task.map and all(isinstance(word, str) and word.strip()
-              for pair in task.map.items() for word in pair), f"{where}, map", "must give inputs their outputs")
-        check(isinstance(task.distributions, list) and task.distributions, f"{where}, distributions",
-              "must list at least one regex")
+        check(task.name not in tasks, where, "needs a name of its own")
+        check(all(isinstance(word, str) and word.strip() for pair in task.map.items() for word in pair),
+              f"{where}, map", "must give every input an output, as text that is not blank")
+        tasks[task.name] = task
         for pattern in (*task.distributions, task.held_out):
             try:
                 regex = Regex(pattern, max_len)
@@ -404,7 +425,6 @@ def read_tasks(path: str | Path, max_len: int = 64) -> tuple[str, list[Task]]:
                 raise ValueError(f"{path}, {where}: {e}") from None
             check(twin is None, where, f"{pattern!r} and {twin!r} have strings in common, make them disjoint")
             regexes[pattern] = regex
-        tasks[task.name] = task
     return spec["tokens"], list(tasks.values())
 
 
@@ -444,8 +464,8 @@ class Split(NamedTuple):
         `instruction` is read once a string, so it has only the identities that the string decides.
         """
         rows, _ = self.positions[position]
-        read = np.searchsorted(rows, np.arange(len(self.tokens)), side="right") - 1     # (N,) which state is mine
-        return {name: ids[rows] for name, ids in self.identities.items() if (ids == ids[rows][read]).all()}
+        state_of = np.searchsorted(rows, np.arange(len(self.tokens)), side="right") - 1     # (N,)
+        return {key: ids[rows] for key, ids in self.identities.items() if (ids == ids[rows][state_of]).all()}
 
 
 class Dataset(NamedTuple):
@@ -457,12 +477,15 @@ class Dataset(NamedTuple):
 
 
 def make_dataset(cfg: DataConfig) -> Dataset:
-    """Tasks, vocabulary and splits, the same for the same cfg anywhere. Raises ValueError for impossible sizes."""
+    """Tasks, vocabulary and splits: the same cfg gives the same anywhere.
+
+    Raises ValueError for sizes that cannot be.
+    """
     for name, size in vars(cfg).items():
         if name.startswith("n_") and size < 1:
             raise ValueError(f"{name} is {size}, it must be at least 1")
     if cfg.n_val > cfg.n_train:
-        raise ValueError(f"n_val ({cfg.n_val}) is above n_train ({cfg.n_train}): subset must be as large as val")
+        raise ValueError(f"n_val ({cfg.n_val}) is above n_train ({cfg.n_train}), subset would be smaller")
     tokens, tasks = read_tasks(cfg.tasks, cfg.max_len) if cfg.tasks else ("characters", random_tasks(cfg))
     instances, number = {"train": [], "subset": [], "val": [], "ood": []}, 0
     for t, task in enumerate(tasks):
@@ -472,9 +495,10 @@ def make_dataset(cfg: DataConfig) -> Dataset:
             try:                            # distinct strings, so none is in both parts
                 strings = Regex(pattern, cfg.max_len).sample(cfg.n_val + trained * cfg.n_train, rng)
             except ValueError as e:
-                raise ValueError(f"task {task.name}: {e}; lower n_train or n_val, or widen the regex") from None
+                raise ValueError(f"task {task.name}: {e}; lower n_train, n_val or widen the regex") from None
             unseen, train = strings[:cfg.n_val], strings[cfg.n_val:]
-            for name, some in ("train", train), ("subset", train[:cfg.n_val]), ("val" if trained else "ood", unseen):
+            parts = {"train": train, "subset": train[:cfg.n_val], "val" if trained else "ood": unseen}
+            for name, some in parts.items():
                 instances[name] += [Instance(s, i, o, t, number) for s in some for i, o in task.map.items()]
             number += 1
 
@@ -491,11 +515,11 @@ def make_dataset(cfg: DataConfig) -> Dataset:
     for name, some in instances.items():
         rows = np.array([[id_of[token] for token in texts[x]] + [0] * (width - len(texts[x])) for x in some])
         sep, ans = ((rows == id_of[mark]).argmax(1) for mark in (SEP, ANS))
-        first = np.array([i for i, x in enumerate(some) if i == 0 or x.instruction != some[i - 1].instruction])
-        splits[name] = Split(
-            some, rows, (np.arange(width) > ans[:, None]) & (rows != 0),
-            {key: np.searchsorted(values[key], [identity(x) for x in some]) for key, identity in IDENTITIES.items()},
-            {"instruction": (first, sep[first]), "answer": (np.arange(len(some)), ans)})
+        first = np.sort(np.unique([x.instruction for x in some], return_index=True)[1])
+        identities = {key: np.searchsorted(values[key], [identity(x) for x in some])
+                      for key, identity in IDENTITIES.items()}
+        splits[name] = Split(some, rows, (np.arange(width) > ans[:, None]) & (rows != 0), identities, {
+            "instruction": (first, sep[first]), "answer": (np.arange(len(some)), ans)})
     return Dataset(tokens, tasks, vocabulary, splits)
 
 
@@ -503,7 +527,7 @@ def make_dataset(cfg: DataConfig) -> Dataset:
 
 
 class Flags(argparse.ArgumentParser):
-    """A command line with a flag for every knob of a configuration; what is parsed holds only what was given."""
+    """A command line with a flag for every knob of a configuration; only what was given is parsed."""
 
     def __init__(self, config: type | None = None, **texts):
         super().__init__(allow_abbrev=False, **texts)
@@ -520,6 +544,8 @@ def command_line(main):
     """Run main(). Bad input becomes one line, `error: what to do`, on stderr and exit status 2."""
     try:
         main()
+    except BrokenPipeError:         # whoever read our output, say `head`, has seen enough
+        os._exit(141)
     except (ValueError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
@@ -527,25 +553,26 @@ def command_line(main):
 
 def main():
     """Print a data set on a page."""
-    cfg = DataConfig(**vars(Flags(DataConfig, description="Print a data set on a page.").parse_args()))
+    cfg = DataConfig(**vars(Flags(DataConfig, description=main.__doc__).parse_args()))
     data = make_dataset(cfg)
-    print(f"{len(data.tasks)} tasks, {len(data.vocabulary)} tokens, at most {data.splits['train'].tokens.shape[1]} "
-          f"a sequence; instructions are cut into {data.tokens}\n")
-    print("split    instructions  instances  tasks  regexes")
+    print(f"{len(data.tasks)} tasks, {len(data.vocabulary)} tokens, sequences of at most "
+          f"{data.splits['train'].tokens.shape[1]}; instructions are cut into {data.tokens}\n\n"
+          "split   instructions  instances  tasks  regexes")
     for name, split in data.splits.items():
-        print(f"{name:7}{len(split.positions['instruction'][0]):14,}{len(split.instances):11,}"
-              f"{len(set(split.identities['task'])):7}{len(set(split.identities['distribution'])):9}")
+        sizes = (len(np.unique(split.identities[key])) for key in ("task", "distribution"))
+        print(f"{name:6}{len(split.positions['instruction'][0]):14,}{len(split.instances):11,}"
+              + "{:7}{:9}".format(*sizes))
     task = data.tasks[0]
     print(f"\ntask {task.name} maps " + ", ".join(f"{i} to {o}" for i, o in task.map.items()))
     for m, pattern in enumerate((*task.distributions, task.held_out)):
-        kind = f"regex {m}" if m < len(task.distributions) else "held out"
         regex = Regex(pattern, cfg.max_len)
-        print(f"  {kind:8}  {pattern}   {regex.count:,} strings: {' '.join(regex.sample(3, random.Random(0)))} ...")
+        print(f"  {f'regex {m}' if m < len(task.distributions) else 'held out'}  {pattern}   "
+              f"{regex.count:,} strings, as {', '.join(regex.sample(min(3, regex.count), random.Random(0)))}")
     for name, split in data.splits.items():
         print(f"\n{name}")
-        for row in random.Random(f"{cfg.seed}/print").sample(range(len(split.tokens)), 5):
-            words = [data.vocabulary[i] for i in split.tokens[row]]
-            print("  " + " ".join(words) + f"   task {split.instances[row].task}")
+        for row in random.Random(f"{cfg.seed}/print").choices(range(len(split.tokens)), k=5):
+            text = " ".join(data.vocabulary[i] for i in split.tokens[row])
+            print(f"  {text}   (task {data.tasks[split.instances[row].task].name})")
 
 
 if __name__ == "__main__":
