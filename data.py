@@ -85,7 +85,7 @@ class Regex:
         return string
 
     def sample(self, n: int, rng: random.Random, unique: bool = True) -> list[str]:
-        """n strings, uniform over the language, distinct if unique. Raises ValueError if there are too few."""
+        """n strings, uniform over the language, distinct if unique. Raises ValueError if it has too few."""
         if self.count < (n if unique else min(n, 1)):
             raise ValueError(f"{self.pattern!r:.60} has {self.count} strings of at most {self.max_len} "
                              f"characters, {n} were asked for")

@@ -2,9 +2,9 @@
 
     logits, states = GPT(ModelConfig(vocab_size=60, block_size=14))(idx)
 
-`forward` always returns both, the logits of all positions and the residual stream before and after every block,
-because the stream is what this project studies. Layer 0 is the embedding output, layer l the stream after block
-l; none is normalised: the final norm comes after the last layer, on the way to the head.
+`forward` always returns both, the logits of all positions and the residual stream around every block: the
+stream is what this project studies. Layer 0 is the embedding output, layer l the stream after block l; none
+is normalised, the final norm comes after the last layer, on the way to the head.
 
 As in GPT-2: normalisation before each sublayer, learned positions, GELU (tanh form), a head tied to the
 embedding. Departure: no dropout, on which the paper is silent.
@@ -45,8 +45,8 @@ class Attention(nn.Module):
     def forward(self, x):
         B, T, C = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)     # each (B, H, T, C/H)
-        # One call for every device, fused on CUDA and CPU alike. Padding is on the right, so the causal mask is
-        # the only one needed: no real token ever sees a pad.
+        # One call for every device, fused on CUDA and CPU alike. Padding is on the right, so the causal mask
+        # is the only one needed: no real token ever sees a pad.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
@@ -101,7 +101,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
 
     def forward(self, idx: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """idx (B, T) int64 -> logits (B, T, V) and L + 1 states (B, T, C): the embedding, then each block's."""
+        """idx (B, T) int64 -> logits (B, T, V) and L + 1 states (B, T, C), layer by layer."""
         x = self.token(idx) + self.position.weight[:idx.shape[1]]
         states = [x]
         for block in self.blocks:

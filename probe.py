@@ -26,7 +26,7 @@ ROUNDING = 1e-6         # squared distances below this share of the points' vari
 
 
 def kmeans(x, k: int, n_init: int = 8, max_iter: int = 100, seed: int = 0):
-    """Lloyd's algorithm (1982) from greedy k-means++ (Arthur & Vassilvitskii 2007), the best of n_init starts.
+    """Lloyd's algorithm (1982) from greedy k-means++ (Arthur & Vassilvitskii 2007), best of n_init starts.
 
     x (..., N, C): leading dimensions are a batch, whose members come out as they would alone. Returns labels
     (..., N) int64, centroids (..., k, C) and inertia (...), the sum of squared distances to the centroids. A
@@ -77,7 +77,7 @@ def _sow(x, draws):
 
 
 def _lloyd(x, centroids, max_iter):
-    """R runs (R, N, C) from (R, k, C) -> labels, centroids, inertia (R,). A run that has converged drops out."""
+    """R runs (R, N, C) from (R, k, C) -> labels, centroids, inertia. A run that has converged drops out."""
     k, norms = centroids.shape[1], x.square().sum(-1)
     labels = torch.full(x.shape[:2], -1, device=x.device)
     run, points, c = torch.arange(len(x), device=x.device), x, centroids    # those that still move
@@ -104,8 +104,8 @@ def _lloyd(x, centroids, max_iter):
 
 
 # ---------------------------------------------------------------- scores of a clustering
-# A measure takes classes (..., N) and clusters (..., N), integers from 0, and gives a float, or an array (...).
-# n_ij counts the points of class i in cluster j; a_i and b_j are its sums over j and i; C2(x) = x (x - 1) / 2.
+# A measure takes classes (..., N) and clusters (..., N), integers from 0, and gives a float or an array (...).
+# n_ij counts points of class i in cluster j, a_i and b_j are its sums over j and i, C2(x) = x (x - 1) / 2.
 
 
 def contingency(classes, clusters) -> np.ndarray:
@@ -129,8 +129,9 @@ def pairs(x):
 def f1(classes, clusters):
     """Pairwise F1: how well "in one cluster" tells "of one class", over all pairs of points; 0 to 1.
 
-    TP = sum C2(n_ij), P = TP / sum C2(b_j), R = TP / sum C2(a_i), F1 = 2 P R / (P + R); 1 if neither has pairs.
-    Chance: 1 / K for even clusters, 2 / (K + 1) for a single one. (Manning, Raghavan & Schuetze 2008, ch. 16.)
+    TP = sum C2(n_ij), P = TP / sum C2(b_j), R = TP / sum C2(a_i), F1 = 2 P R / (P + R); 1 if there are no
+    pairs in either. Chance: 1 / K for even clusters, 2 / (K + 1) for a single one. (Manning, Raghavan &
+    Schuetze 2008, chapter 16.)
     """
     n = contingency(classes, clusters)
     both = pairs(n.sum(-1)).sum(-1) + pairs(n.sum(-2)).sum(-1)
@@ -140,8 +141,8 @@ def f1(classes, clusters):
 def matched_f1(classes, clusters):
     """The mean F1 of the classes, each matched to a cluster of its own so that most points agree; 0 to 1.
 
-    F1 of class i and cluster j is 2 n_ij / (a_i + b_j), 0 for a class without a cluster. Chance: somewhat over
-    1 / K, as the best matching of many is taken.
+    F1 of class i and cluster j is 2 n_ij / (a_i + b_j), 0 for a class without a cluster. Chance: somewhat
+    over 1 / K, as the best matching of many is taken.
     """
     n = contingency(classes, clusters)
     size = max(n.shape[-2:])
@@ -161,7 +162,7 @@ def match(value: np.ndarray) -> np.ndarray:
     """
     batch, n, _ = value.shape
     cost = value.max((1, 2), keepdims=True) - value
-    u, v = cost.min(2), np.zeros((batch, n))            # potentials: cost - u - v is >= 0, and 0 where matched
+    u, v = cost.min(2), np.zeros((batch, n))            # potentials: cost - u - v >= 0, and 0 where matched
     row_of, column_of = np.full((batch, n), -1), np.full((batch, n), -1)
     for start in range(n):
         length, came_from = np.full((batch, n), math.inf), np.zeros((batch, n), int)    # of paths to columns
@@ -195,7 +196,7 @@ def match(value: np.ndarray) -> np.ndarray:
 def ari(classes, clusters):
     """Adjusted Rand index (Hubert & Arabie 1985): 1 for the same partition, 0 at chance, negative below it.
 
-    (T - E) / ((A + B) / 2 - E), where T = sum C2(n_ij), A = sum C2(a_i), B = sum C2(b_j), E = A B / C2(N); 1 if
+    (T - E) / ((A + B) / 2 - E) with T = sum C2(n_ij), A = sum C2(a_i), B = sum C2(b_j), E = A B / C2(N); 1 if
     both are one cluster, or single points.
     """
     n = contingency(classes, clusters)
@@ -290,7 +291,7 @@ def probe(run: str | Path) -> list[dict]:
 
 
 def print_report(run: str | Path, rows: list[dict]):
-    """Print what the rows say of val: task clusters by step and layer, then all identities at the last step."""
+    """Print what the rows say of val: task clusters by step and layer, then all identities at the end."""
     value = {tuple(row[key] for key in ("position", "identity", "measure", "step", "layer")): row
              for row in rows if row["split"] == "val"}
     steps, layers = sorted({key[3] for key in value}), sorted({key[4] for key in value})
@@ -302,16 +303,15 @@ def print_report(run: str | Path, rows: list[dict]):
         print(f"{head:25}" + "".join(f"{x:7.2f}{' ░▒▓█'[min(4, int(5 * max(0, x)))]}" for x in scores))
 
     for position in "instruction", "answer":
-        print(f"\nDo the states at `{position}` cluster by task? Pairwise F1 on instructions never trained on (val)\n"
+        print(f"\nDo states at `{position}` cluster by task? Pairwise F1 on unseen instructions (val)\n"
               "    step   val accuracy  layer" + "".join(f"{layer:2}      " for layer in layers))
         for step in steps:
             line(f"{step:8}{accuracy.get(step, math.nan):12.3f}", position, "task", "f1", step)
         line("    null: labels permuted", position, "task", "f1", steps[-1], column="null_mean")
-    print(f"\nWhat else they cluster by at step {steps[-1]}; 10-NN: share of a state's {NEIGHBOURS} nearest of the "
-          "same task")
+    print(f"\nBy what else, at step {steps[-1]}? NN: the {NEIGHBOURS} nearest neighbours' share of the same task")
     for position, identity, measure in dict.fromkeys(key[:3] for key in value):
         if measure in ("f1", "knn_share"):
-            head = f"{position:11}  {identity}{', 10-NN' if measure == 'knn_share' else ''}"
+            head = f"{position:11} {identity}{', NN' if measure == 'knn_share' else ''}"
             line(head, position, identity, measure, steps[-1])
 
 

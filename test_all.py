@@ -1,7 +1,7 @@
 """Why you may believe it: every test is a claim, checked against something that does not share our code.
 
-    make test        all of it, about a minute and a half on two cores
-    pytest -k regex  the claims with that word
+    make test                              all of it, half a minute on two cores
+    .venv/bin/pytest -k regex test_all.py  the claims with that word in their name
 """
 import itertools
 import json
@@ -44,22 +44,26 @@ def run(tmp_path_factory):
     return train.train(train.Config(**TINY, out=str(tmp_path_factory.mktemp("runs") / "tiny")))
 
 
-def failing(main, *argv):
-    """Run a command line in this process; return its exit status and what it printed on stderr."""
-    script = {data: "data.py", train: "train.py", probe: "probe.py"}[main]
+def exit_status(module, *argv):
+    """Run a command line that is to fail in this process; return its exit status."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(sys, "argv", [script, *map(str, argv)])
-        data.command_line(main.main)
+        patch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, argv)])
+        data.command_line(module.main)
     return stop.value.code
+
+
+def lines(path):
+    """The rows of a .jsonl file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 # ---------------------------------------------------------------- regular expressions
 
 atoms = st.sampled_from(["a", "b", "[ab]", "[^a]", ".", "", r"\d", "[b-d]", r"\."])
+quantifiers = st.sampled_from(["?", "*", "+", "{2}", "{0,2}", "{1,}", "{0}"])
 patterns = st.recursive(atoms, lambda p: st.one_of(
     st.tuples(p, p).map("".join), st.tuples(p, p).map("({0[0]}|{0[1]})".format),
-    st.tuples(p, st.sampled_from(["?", "*", "+", "{2}", "{0,2}", "{1,}", "{0}"])).map("(?:{0[0]}){0[1]}".format)),
-    max_leaves=6)
+    st.tuples(p, quantifiers).map("(?:{0[0]}){0[1]}".format)), max_leaves=6)
 STRINGS = ["".join(s) for n in range(5) for s in itertools.product("abc.1", repeat=n)]
 
 
@@ -73,7 +77,8 @@ def test_regex_language_is_what_fullmatch_accepts(pattern):
 @given(patterns)
 @settings(max_examples=150)
 def test_regex_count_is_brute_force_and_a_full_sample_is_the_language(pattern):
-    pattern = pattern.replace("[^a]", "[bc]").replace(".", "[a-c]").replace(r"\d", "b").replace("\\[a-c]", "c")
+    for wide, narrow in (r"\.", "c"), (r"\d", "d"), ("[^a]", "[bc]"), (".", "[a-c]"):
+        pattern = pattern.replace(wide, narrow)
     language = {"".join(s) for n in range(5) for s in itertools.product("abcd", repeat=n)
                 if re.fullmatch(pattern, "".join(s))}
     regex = Regex(pattern, max_len=4)
@@ -91,7 +96,7 @@ def test_regex_isdisjoint_agrees_with_listing_both_languages(p, q):
     assert a.isdisjoint(b) != common or a.count > 20000
 
 
-@given(st.text(alphabet="ab|()[]{}?*+.^$\\-,012dwsDWSé ", max_size=14), st.text(alphabet="ab-,012 |(^", max_size=5))
+@given(st.text("ab|()[]{}?*+.^$\\-,012dwsDWSé ", max_size=14), st.text("ab-,012 |(^", max_size=5))
 @settings(max_examples=2000)
 def test_regex_on_any_text_raises_valueerror_or_agrees_with_re(pattern, string):
     try:
@@ -107,8 +112,8 @@ def test_regex_on_any_text_raises_valueerror_or_agrees_with_re(pattern, string):
 @pytest.mark.parametrize("pattern, count", [
     ("a|a", 1), ("(a|ab)(c|bc)", 3), ("(a|a){10}", 1), ("(a|b)?a?", 5), ("a|b|a", 2), ("", 1), ("[^ -~]", 0),
     ("(a|a)*", 65), ("(a*)*", 65), ("a*", 65), ("a{1000}", 0), ("[a-z]{40}", 26 ** 40), ("[]a]", 2),
-    ("(" * 200 + "a" + ")" * 200, 1), ("(" * 200 + "a" + ")*" * 200, 65), (r"\w", 63), (r"\W", 32), (r"[^\d]", 85),
-    ("|".join("".join(w) for w in itertools.islice(itertools.product("abcdefg", repeat=4), 300)), 300),
+    ("(" * 200 + "a" + ")" * 200, 1), ("(" * 200 + "a" + ")*" * 200, 65), (r"\w", 63), (r"\W", 32),
+    (r"[^\d]", 85), ("|".join(map("".join, itertools.islice(itertools.product("abcde", repeat=4), 300))), 300),
     ("(a|b|ab|ba){8}", 12866)])     # the last by listing them all
 def test_regex_counts_strings_and_not_derivations(pattern, count):
     assert Regex(pattern).count == count
@@ -117,8 +122,8 @@ def test_regex_counts_strings_and_not_derivations(pattern, count):
 
 
 @pytest.mark.parametrize("pattern", [
-    "[ab]{0,60}a[ab]{60}", "[ab]*a[ab]{13}", "(a?){9999}", "((((a{99}){99}){99}){99})", "(|a){99999}", "a{0,15000}",
-    "(.*a.{12})|(.*b.{11})", "(.{0,50}a.{50}|.{0,40}b.{40})", "(((a?){20}b?){20}c?){20}", "(.*.*)*a(.*.*)*b.{20}"])
+    "[ab]{0,60}a[ab]{60}", "[ab]*a[ab]{13}", "(a?){9999}", "((((a{99}){99}){99}){99})", "(|a){99999}",
+    "a{0,15000}", "(.*a.{12})|(.*b.{11})", ".{0,50}a.{50}|.{0,40}b.{40}", "(((a?){20}b?){20}c?){20}"])
 def test_regex_that_would_explode_is_refused_in_two_seconds(pattern):
     start = time.perf_counter()
     with pytest.raises(ValueError, match="too|more than"):
@@ -128,13 +133,15 @@ def test_regex_that_would_explode_is_refused_in_two_seconds(pattern):
 
 @pytest.mark.parametrize("pattern, construct, position", [
     ("a^b", "anchor ^", 1), ("ab$", "anchor $", 2), (r"a\b", r"anchor \b", 1), (r"\Aa", r"anchor \A", 0),
-    (r"(a)\1", r"back-reference \1", 3), (r"\q", r"escape \q", 0), ("a\\", "escape \\", 1), (r"[\n]", r"escape \n", 1),
+    (r"(a)\1", r"back-reference \1", 3), (r"\q", r"escape \q", 0), ("a\\", "escape \\", 1),
+    (r"[\n]", r"escape \n", 1),
     ("a(?=b)", "group (?=", 1), ("(?P<x>a)", "group (?P", 0), ("a*?", "lazy quantifier ?", 2),
-    ("a++", "possessive quantifier +", 2), ("a**", "doubled quantifier *", 2), ("a{2}{3}", "doubled quantifier {", 4),
+    ("a++", "possessive quantifier +", 2), ("a**", "doubled quantifier *", 2),
+    ("a{2}{3}", "doubled quantifier {", 4),
     ("*a", "leading quantifier *", 0), ("a|+", "leading quantifier +", 2), ("a{", "bare or empty {", 1),
-    ("a{,3}", "bare or empty {", 1), ("a{3,2}", "bare or empty {3,2}", 1), ("a]", "bare ]", 1), ("}", "bare }", 0),
-    ("(a", "unclosed (", 0), ("a)", "unmatched )", 1), ("x[a", "unclosed [", 1), ("[b-a]", "bad range b-a", 1),
-    (r"[a-\d]", r"bad range a-\d", 1)])
+    ("a{,3}", "bare or empty {", 1), ("a{3,2}", "bare or empty {3,2}", 1), ("a]", "bare ]", 1),
+    ("}", "bare }", 0), ("(a", "unclosed (", 0), ("a)", "unmatched )", 1), ("x[a", "unclosed [", 1),
+    ("[b-a]", "bad range b-a", 1), (r"[a-\d]", r"bad range a-\d", 1)])
 def test_regex_names_what_it_does_not_support_and_where(pattern, construct, position):
     with pytest.raises(ValueError, match=re.escape(f"{construct} at position {position} of")):
         Regex(pattern)
@@ -155,7 +162,7 @@ def test_regex_refuses_strings_it_does_not_have():
 
 @pytest.mark.parametrize("unique", [False, True])
 def test_regex_sampling_is_uniform(unique):
-    regex, rng = Regex("(a|ab|b)(c|bc)?|x{0,20}"), random.Random(0)     # ambiguous, with very unequal branches
+    regex, rng = Regex("(a|ab|b)(c|bc)?|x{0,20}"), random.Random(0)     # ambiguous, with unequal branches
     k, n = (1, 30000) if not unique else (3, 10000)
     seen = Counter(s for _ in range(n) for s in regex.sample(k, rng, unique))
     expected = n * k / regex.count
@@ -169,7 +176,8 @@ def test_regex_sampling_is_uniform_beyond_64_bits():
     assert len(set(strings)) == 4000 and not any(s.isdigit() for s in strings)
     for place in 0, 39:
         counts = Counter(s[place] for s in strings)
-        assert sum((counts[c] - 4000 / 26) ** 2 / (4000 / 26) for c in data.ascii_lowercase) < 25 + 4 * math.sqrt(50)
+        chi2 = sum((counts[c] - 4000 / 26) ** 2 / (4000 / 26) for c in data.ascii_lowercase)
+        assert chi2 < 25 + 4 * math.sqrt(50)
 
 
 def test_regex_compiles_and_samples_fast():
@@ -186,7 +194,7 @@ def test_regex_compiles_and_samples_fast():
 
 
 def test_same_seed_same_data_whatever_the_hash_seed():
-    code = "import data; d = data.make_dataset(data.DataConfig(seed=3)); print(d.tasks, d.splits['val'].instances)"
+    code = "import data; d = data.make_dataset(data.DataConfig()); print(d.tasks, d.splits['val'].instances)"
     printed = [subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, check=True,
                               env={**os.environ, "PYTHONHASHSEED": seed}).stdout for seed in "12"]
     assert printed[0] == printed[1] and len(printed[0]) > 10000
@@ -207,7 +215,7 @@ def test_languages_are_pairwise_disjoint(seed, n_tasks, n_distributions, n_mappi
 
 def test_no_instruction_is_in_two_of_train_val_ood(dataset):
     strings = {name: {x.instruction for x in split.instances} for name, split in dataset.splits.items()}
-    assert {name: len(s) for name, s in strings.items()} == {"train": 960, "subset": 480, "val": 480, "ood": 160}
+    assert [len(strings[name]) for name in ("train", "subset", "val", "ood")] == [960, 480, 480, 160]
     assert strings["subset"] < strings["train"]
     assert not strings["train"] & strings["val"] and not (strings["train"] | strings["val"]) & strings["ood"]
 
@@ -229,7 +237,7 @@ def test_input_and_output_alone_do_not_give_the_task_away(dataset):
         for x in dataset.splits["train"].instances:
             tasks_of.setdefault(getattr(x, key), set()).add(x.task)
         sizes = sorted(map(len, tasks_of.values()))
-        assert sizes[0] >= 2 and sizes[-1] - sizes[0] <= 1      # each belongs to as many tasks, give or take one
+        assert sizes[0] >= 2 and sizes[-1] - sizes[0] <= 1      # all in as many tasks, give or take one
     assert len({len(x.instruction) for split in dataset.splits.values() for x in split.instances}) == 1
 
 
@@ -264,10 +272,10 @@ def test_tasks_file_round_trip_gives_the_same_data(tmp_path, dataset):
 
 WORDS = {"tokens": "words", "tasks": [
     {"name": "capital", "map": {"France": "Paris", "Peru": "Lima", "New Zealand": "Wellington"},
-     "distributions": ["(what|which) is the capital( city)?( of|:)", "capital of( the country)?( named)?[?!]?"],
+     "distributions": ["(what|which) is the capital( city)?( of|:)", "capital of( the country)?( by)?[?!]?"],
      "held_out": "(name|tell me|give) (its|the) (seat of government|main city)"},
     {"name": "tongue", "map": {"France": "French", "Peru": "Spanish"},
-     "distributions": ["(what|which) (language|tongue) (do they speak|is spoken) in", "they (speak|say)( here| in)?"],
+     "distributions": ["(what|which) (language|tongue) (do they|does one) speak", "they (say|speak)[:?]?"],
      "held_out": "(name|tell me|give) (its|the) (language|tongue)"}]}
 
 
@@ -311,7 +319,8 @@ def test_model_equals_a_naive_transformer(gpt):
         x = torch.stack([w["token.weight"][IDX[b, t]] + w["position.weight"][t] for t in range(7)])
         assert torch.allclose(x.float(), states[0][b], atol=1e-5)
         for layer in range(3):
-            q, k, v = linear(norm(x, f"blocks.{layer}.norm_attention"), f"blocks.{layer}.attention.qkv").split(8, -1)
+            h = norm(x, f"blocks.{layer}.norm_attention")
+            q, k, v = linear(h, f"blocks.{layer}.attention.qkv").split(8, -1)
             y = torch.zeros(7, 8, dtype=torch.double)
             for head in (slice(0, 4), slice(4, 8)):
                 for t in range(7):
@@ -338,17 +347,18 @@ def test_model_is_causal(gpt):
 def test_last_state_through_norm_and_head_gives_the_logits(gpt):
     logits, states = gpt(IDX)
     assert len(states) == 4 and logits.shape == (3, 7, 11) and all(x.shape == (3, 7, 8) for x in states)
-    assert torch.allclose(F.linear(F.layer_norm(states[-1], (8,), gpt.norm.weight, gpt.norm.bias), gpt.token.weight),
-                          logits)
+    normed = F.layer_norm(states[-1], (8,), gpt.norm.weight, gpt.norm.bias)
+    assert torch.allclose(normed @ gpt.token.weight.T, logits, atol=1e-5)
 
 
 def test_model_starts_as_gpt2_does():
-    net = model.GPT(model.ModelConfig(vocab_size=500, block_size=64, n_layer=8), torch.Generator().manual_seed(0))
+    net = model.GPT(model.ModelConfig(500, 64, n_layer=8), torch.Generator().manual_seed(0))
     for name, p in net.named_parameters():
         if p.dim() == 1:
             assert (p == (1 if "norm" in name and name.endswith("weight") else 0)).all(), name
         else:
-            assert p.std().item() == pytest.approx(0.02 / 4 if name.endswith("out.weight") else 0.02, rel=0.05), name
+            std = 0.02 / math.sqrt(2 * 8) if name.endswith("out.weight") else 0.02
+            assert p.std().item() == pytest.approx(std, rel=0.05), name
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -378,13 +388,14 @@ def test_capture_schedule_is_logarithmic_then_linear():
 
 
 def test_run_folder_is_laid_out_as_promised(run):
-    rows = [json.loads(line) for line in open(run / "metrics.jsonl")]
-    cfg = json.load(open(run / "config.json"))
-    assert {p.name for p in run.iterdir()} >= {"config.json", "tasks.json", "metrics.jsonl", "ckpt.pt", "states"}
+    rows, cfg = lines(run / "metrics.jsonl"), json.loads((run / "config.json").read_text())
+    for name in "config.json", "tasks.json", "metrics.jsonl", "ckpt.pt", "states/labels.npz":
+        assert (run / name).exists()
     assert set(rows[0]) == {"step", "epoch", "loss", "acc_subset", "acc_val", "acc_ood", "seconds"}
     assert set(cfg["versions"]) == {"python", "torch", "numpy"} and cfg["runs_on"] in ("cpu", "cuda")
     steps = train.capture_steps(rows[-1]["step"], 6)
-    assert [row["step"] for row in rows] == steps == [int(p.stem) for p in sorted((run / "states").glob("0*.npz"))]
+    assert [row["step"] for row in rows] == steps
+    assert {f"{step:06d}" for step in steps} | {"labels"} == {p.stem for p in (run / "states").iterdir()}
     assert not list(run.rglob("*.tmp"))
 
 
@@ -409,7 +420,7 @@ def test_captures_are_the_states_of_the_model_at_each_position(run):
                     continue
                 seen.add(instance.instruction)
                 column = [d.vocabulary[t] for t in row].index(mark)
-                states = net(torch.from_numpy(row[None, :column + 1]))[1]     # nothing after the position is read
+                states = net(torch.from_numpy(row[None, :column + 1]))[1]   # nothing behind it is read
                 expected = torch.stack([s[0, -1] for s in states]).detach().numpy()
                 assert np.allclose(x[:, i], expected, rtol=2e-3, atol=2e-3)
                 assert labels[f"{name}/{position}/task"][i] == instance.task
@@ -431,7 +442,7 @@ def test_task_accuracy_is_greedy_decoding(run, tmp_path):
 
 def outcome(run):
     """The bytes that a run's numbers are made of."""
-    rows = [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in open(run / "metrics.jsonl")]
+    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in lines(run / "metrics.jsonl")]
     states = {p.name: p.read_bytes() for p in (run / "states").iterdir()}
     return torch.load(run / "ckpt.pt", weights_only=True)["parts"][0], rows, states
 
@@ -441,12 +452,14 @@ def equal(a, b):
 
 
 def test_same_seed_same_bits_whatever_is_evaluated_and_captured(run, tmp_path):
-    again = outcome(train.train(train.Config(**TINY, out=str(tmp_path / "again"))))
-    other = outcome(train.train(train.Config(**{**TINY, "n_captures": 3, "eval_every": 2}, out=str(tmp_path / "b"))))
+    def trained(name, **changes):
+        return outcome(train.train(train.Config(**{**TINY, **changes}, out=str(tmp_path / name))))
+
     weights, rows, states = outcome(run)
+    again, other = trained("again"), trained("other", n_captures=3, eval_every=2)
     assert equal(weights, again[0]) and rows == again[1] and states == again[2]
     assert equal(weights, other[0]) and len(other[1]) > len(rows)
-    assert not equal(weights, outcome(train.train(train.Config(**TINY, seed=1, out=str(tmp_path / "c"))))[0])
+    assert not equal(weights, trained("seed", seed=1)[0])
 
 
 def test_a_resumed_run_equals_one_never_stopped(run, tmp_path, monkeypatch):
@@ -464,21 +477,21 @@ def test_a_resumed_run_equals_one_never_stopped(run, tmp_path, monkeypatch):
     stopped = outcome(train.train(cfg, resume=True))
     weights, rows, states = outcome(run)
     assert equal(weights, stopped[0]) and rows == stopped[1] and states == stopped[2]
-    assert train.train(cfg, resume=True) == Path(cfg.out) and outcome(Path(cfg.out))[1] == rows     # nothing left
+    assert outcome(train.train(cfg, resume=True))[1] == rows                # there is nothing left to do
 
 
 @pytest.mark.parametrize("optimizer, loss_on", [("muon", "answer"), ("adamw", "all")])
 def test_it_learns(tmp_path, optimizer, loss_on):
-    out = train.train(train.Config(**{**TINY, "epochs": 150, "n_embd": 32}, optimizer=optimizer, loss_on=loss_on,
-                                   lr=6e-3, out=str(tmp_path / "run")))
-    rows = [json.loads(line) for line in open(out / "metrics.jsonl")]
+    out = train.train(train.Config(**{**TINY, "epochs": 150, "n_embd": 32, "lr": 6e-3}, optimizer=optimizer,
+                                   loss_on=loss_on, out=str(tmp_path / "run")))
+    rows = lines(out / "metrics.jsonl")
     assert rows[0]["acc_subset"] < 0.2 and rows[-1]["acc_subset"] > 0.9 and rows[-1]["acc_val"] > 0.6
 
 
 def test_loss_counts_what_it_says(run):
     d = make_dataset(train.read_config(run))
     uniform = math.log(len(d.vocabulary))       # an untrained network knows nothing about any token
-    rows = [json.loads(line) for line in open(run / "metrics.jsonl")]
+    rows = lines(run / "metrics.jsonl")
     assert rows[0]["loss"] is None and rows[1]["loss"] == pytest.approx(uniform, rel=0.02)
 
 
@@ -486,7 +499,7 @@ def test_loss_counts_what_it_says(run):
 
 
 def exhaustive_inertia(x, k):
-    """The least sum of squared distances to the means of at most k groups, over all ways to group the points."""
+    """The least sum of squared distances to the means of k groups, over all ways to group the points."""
     best = math.inf
     for labels in itertools.product(range(k), repeat=len(x)):
         groups = [[p for p, label in zip(x, labels) if label == j] for j in range(k)]
@@ -502,7 +515,8 @@ def test_kmeans_finds_the_best_grouping_of_a_few_points(seed):
 
 def blobs(g, n, c, k, noise, seed=0):
     rng = np.random.default_rng(seed)
-    return (rng.normal(size=(g, k, c))[:, np.arange(n) % k] + noise * rng.normal(size=(g, n, c))).astype(np.float32)
+    centres = rng.normal(size=(g, k, c))[:, np.arange(n) % k]
+    return (centres + noise * rng.normal(size=(g, n, c))).astype(np.float32)
 
 
 @pytest.mark.parametrize("noise", [0.05, 1.0])
@@ -546,7 +560,8 @@ def test_kmeans_refuses_what_has_no_answer():
             probe.kmeans(bad, k)
 
 
-labelings = st.integers(2, 14).flatmap(lambda n: st.tuples(*[st.lists(st.integers(0, 4), min_size=n, max_size=n)] * 2))
+labelings = st.integers(2, 14).flatmap(
+    lambda n: st.tuples(*[st.lists(st.integers(0, 4), min_size=n, max_size=n)] * 2))
 
 
 @given(labelings)
@@ -566,7 +581,8 @@ def test_scores_of_the_textbook_table():
     classes = [0] * 8 + [1] * 5 + [2] * 4               # Manning, Raghavan & Schuetze, figure 16.4
     clusters = [0] * 5 + [1] + [2] * 2 + [0] + [1] * 4 + [1] + [2] * 3
     assert probe.contingency(classes, clusters).tolist() == [[5, 1, 2], [1, 4, 0], [0, 1, 3]]
-    assert probe.f1(classes, clusters) == pytest.approx(2 * 0.5 * (20 / 44) / (0.5 + 20 / 44))  # TP, FP, FN: 20, 20, 24
+    p, r = 20 / 40, 20 / 44                 # of 40 pairs within a cluster and 44 within a class 20 are in both
+    assert probe.f1(classes, clusters) == pytest.approx(2 * p * r / (p + r))
     assert probe.matched_f1(classes, clusters) == pytest.approx((10 / 14 + 8 / 11 + 6 / 9) / 3)
     assert probe.ari(classes, clusters) == pytest.approx((20 - 40 * 44 / 136) / (42 - 40 * 44 / 136))
 
@@ -579,7 +595,8 @@ def test_matched_f1_equals_trying_all_permutations(labels):
     sizes = np.add.outer(table.sum(1), table.sum(0))
     scores = {}
     for p in itertools.permutations(range(size)):
-        f = sum(2 * table[i, j] / sizes[i, j] for i, j in enumerate(p) if sizes[i, j]) / (table.sum(1) > 0).sum()
+        f = sum(2 * table[i, j] / sizes[i, j] for i, j in enumerate(p) if sizes[i, j])
+        f /= (table.sum(1) > 0).sum()
         scores.setdefault(sum(table[i, j] for i, j in enumerate(p)), []).append(f)
     assert any(probe.matched_f1(*labels) == pytest.approx(f) for f in scores[max(scores)])
 
@@ -605,7 +622,8 @@ def test_match_takes_under_a_second_at_500_classes():
 def test_measures_are_1_for_the_same_partition_and_at_chance_for_another(measure):
     rng = np.random.default_rng(0)
     classes = np.arange(1_000_000) % 10
-    assert measure(classes, (classes + 3) % 10) == pytest.approx(1) and isinstance(measure(classes, classes), float)
+    assert isinstance(measure(classes, classes), float)
+    assert measure(classes, (classes + 3) % 10) == pytest.approx(1)
     assert measure(classes, rng.permutation(classes)) < {"ari": 1e-3}.get(measure.__name__, 0.102)
     batch = rng.integers(0, 4, (2, 3, 50))
     one_by_one = [[measure(classes[:50], batch[i, j]) for j in range(3)] for i in range(2)]
@@ -619,24 +637,22 @@ def test_measures_are_1_for_the_same_partition_and_at_chance_for_another(measure
 def test_knn_equals_a_literal_loop_with_ties_by_index(n, q, k, seed):
     rng = np.random.default_rng(seed)
     a, b = (rng.integers(-3, 4, (m, 2)).astype(float) for m in (n, q))      # whole numbers: many exact ties
-    a, b = a - a.mean(0).round(), b - a.mean(0).round()
     if k > n:
         with pytest.raises(ValueError):
             probe.knn(a, b, k)
     else:
-        a[-1] -= a.sum(0)                                                   # whole numbers with a mean of 0, exactly
+        a[-1] -= a.sum(0)                               # their mean is 0, so centring rounds nothing
         expected = [sorted(range(n), key=lambda i: (((a[i] - p) ** 2).sum(), i))[:k] for p in b]
         assert probe.knn(a, b, k).tolist() == expected
 
 
 def test_probe_rows_are_complete_and_layer_0_is_its_null(run):
     rows = probe.probe(run)
-    assert rows == [json.loads(line) for line in open(run / "probe.jsonl")]
-    assert list(rows[0]) == ["step", "layer", "position", "split", "identity", "measure", "value", "null_mean",
-                             "null_95"]
-    steps = len(list((run / "states").glob("0*.npz")))
-    scored = (2 + 4) * 3 * len(probe.MEASURES) + 2 * 2              # identities x splits x measures, and neighbours
-    assert len(rows) == steps * 3 * scored
+    assert rows == lines(run / "probe.jsonl")
+    assert " ".join(rows[0]) == "step layer position split identity measure value null_mean null_95"
+    captures = len(list((run / "states").glob("0*.npz")))
+    scored = (2 + 4) * 3 * len(probe.MEASURES) + 2 * 2      # identities x splits x measures, and neighbours
+    assert len(rows) == captures * 3 * scored
     for row in rows:
         assert row["null_mean"] <= row["null_95"] + 1e-9
         if row["layer"] == 0:               # before any attention all states at a position are one point
@@ -651,7 +667,8 @@ def test_knn_share_equals_counting(run):
     for position, split, layer in itertools.product(("instruction", "answer"), ("val", "ood"), (1, 2)):
         a, b = (states[f"{s}/{position}"][layer].astype(float) for s in ("subset", split))
         near = [np.argsort(((a - p) ** 2).sum(1), kind="stable")[:10] for p in b]
-        same = [labels[f"subset/{position}/task"][i] == t for i, t in zip(near, labels[f"{split}/{position}/task"])]
+        tasks, own = labels[f"subset/{position}/task"], labels[f"{split}/{position}/task"]
+        same = [tasks[i] == t for i, t in zip(near, own)]
         assert rows[int(last.stem), layer, position, split] == pytest.approx(np.mean(same), abs=0.01)
 
 
@@ -659,7 +676,8 @@ def test_knn_share_equals_counting(run):
 
 
 BAD_TASKS = {
-    "not JSON": "{", "a list": "[]", "no tasks": {"tokens": "words"}, "empty": {"tokens": "words", "tasks": []},
+    "not JSON": "{", "a list": "[]", "no tasks": {"tokens": "words"},
+    "empty": {"tokens": "words", "tasks": []},
     "tokens": {**WORDS, "tokens": "bytes"}, "not an object": {"tokens": "words", "tasks": [3]},
     **{f"no {key}": {"tokens": "words", "tasks": [{k: v for k, v in WORDS["tasks"][0].items() if k != key}]}
        for key in data.Task._fields},
@@ -672,17 +690,16 @@ BAD_TASKS = {
 
 
 @pytest.mark.parametrize("module, argv", [
-    (data, ["--no-such-flag"]), (data, ["--n-tasks", "many"]), (data, ["--n-mappings", 11]), (data, ["--n-tasks", 1]),
-    (data, ["--n-val", 0]), (data, ["--n-train", 5]), (data, ["--n-outputs", 500]), (data, ["--tasks", "no.json"]),
-    (data, ["--n-train", 800]), (data, ["--max-len", 5]),
-    (train, ["--preset", "huge"]), (train, ["--n-embd", 66]), (train, ["--epochs", 0]), (train, ["--optimizer", "sgd"]),
-    (train, ["--n-train", 800]), (train, ["--lr", "nan"]), (train, ["--warmup", 1]), (train, ["--resume"]),
-    (train, ["--n-mappings", 11]), (train, ["--n-lay", 3]), (train, ["--tasks", "."]), (train, ["--n-head", 0]),
-    (probe, []), (probe, ["nowhere"]), (probe, ["."]), (probe, ["a", "b"])],
-    ids=lambda x: x.__name__ if hasattr(x, "__name__") else " ".join(map(str, x)))
+    *[(data, argv) for argv in (
+        "--no-such-flag", "--n-tasks many", "--n-mappings 11", "--n-tasks 1", "--n-val 0", "--n-train 5",
+        "--n-outputs 500", "--tasks no.json", "--n-train 800", "--max-len 5")],
+    *[(train, argv) for argv in (
+        "--preset huge", "--n-embd 66", "--epochs 0", "--optimizer sgd", "--n-train 800", "--lr nan",
+        "--warmup 1", "--resume", "--n-mappings 11", "--n-lay 3", "--tasks .", "--n-head 0", "--seed x")],
+    *[(probe, argv) for argv in ("", "nowhere", ".", "a b", "--k 3")]])
 def test_bad_flags_give_one_line_and_status_2_and_write_nothing(module, argv, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert failing(module, *argv) == 2
+    assert exit_status(module, *argv.split()) == 2
     assert re.fullmatch(r"error: [^\n]+\n", capsys.readouterr().err)
     assert not list(tmp_path.iterdir())
 
@@ -691,15 +708,16 @@ def test_bad_flags_give_one_line_and_status_2_and_write_nothing(module, argv, tm
 def test_a_bad_tasks_file_gives_one_line_that_names_it(spec, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("mine.json").write_text(spec if isinstance(spec, str) else json.dumps(spec))
-    assert failing(train, "--tasks", "mine.json") == 2
+    assert exit_status(train, "--tasks", "mine.json") == 2
     assert re.fullmatch(r"error: (mine\.json|task capital)[^\n]+\n", capsys.readouterr().err)
     assert [p.name for p in tmp_path.iterdir()] == ["mine.json"]
 
 
 def test_a_run_in_the_way_is_not_overwritten(run, capsys):
     before = outcome(run)[1]
-    assert failing(train, "--out", run) == 2 and "--resume" in capsys.readouterr().err
-    assert failing(train, "--out", run, "--resume", "--n-layer", 3) == 2 and "n_layer" in capsys.readouterr().err
+    assert exit_status(train, "--out", run) == 2 and "--resume" in capsys.readouterr().err
+    assert exit_status(train, "--out", run, "--resume", "--lr", 1) == 2
+    assert "another lr" in capsys.readouterr().err
     assert outcome(run)[1] == before
 
 
@@ -711,7 +729,7 @@ def test_commands_run_from_the_shell(tmp_path):
     assert page.returncode == 0 and page.stdout.count("<ans>") == 20 and len(page.stdout.splitlines()) < 60
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in TINY.items()]
     trained = shell("train.py", "--preset", "quick", "--out", tmp_path / "run", *flags)
-    assert trained.returncode == 0 and trained.stdout.splitlines()[-1].endswith(f"probe.py {tmp_path / 'run'}")
+    assert trained.returncode == 0 and trained.stdout.endswith(f"next: python probe.py {tmp_path / 'run'}\n")
     probed = shell("probe.py", tmp_path / "run")
     assert probed.returncode == 0 and "null: labels permuted" in probed.stdout and not probed.stderr
     wrong = shell("train.py", "--frobnicate")

@@ -161,7 +161,7 @@ def begin(cfg: Config, data: Dataset, device: torch.device):
 
 
 def restore(out: Path, parts: list) -> list[dict]:
-    """Set the model and optimisers to a run's checkpoint; return its metrics up to there, [] if there is none."""
+    """Set model and optimisers to a run's checkpoint; return its metrics up to there, [] if there is none."""
     if not (out / "ckpt.pt").exists():
         return []
     saved = torch.load(out / "ckpt.pt", map_location=parts[0].token.weight.device, weights_only=True)
@@ -211,9 +211,10 @@ def train(cfg: Config, resume: bool = False) -> Path:
         begin(cfg, data, device)
     kept = 2 * cfg.n_embd * (cfg.n_layer + 1) * sum(
         len(where) for name in CAPTURED for where, _ in data.splits[name].positions.values())
-    print(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters, {total} steps of {batch} instances "
-          f"on {device};\n{len(captures)} captures of {kept / 1e6:.1f} MB, {len(captures) * kept / 1e6:.0f} MB "
-          "in all\n\n       step  epoch    loss  subset     val     ood  tokens/s    left", flush=True)
+    size = sum(p.numel() for p in model.parameters())
+    print(f"{out}: {size:,} parameters, {total} steps of {batch} instances on {device}; {len(captures)} "
+          f"captures, {len(captures) * kept / 1e6:.0f} MB\n\n"
+          "       step  epoch    loss  subset     val     ood  tokens/s    left", flush=True)
 
     first, seconds = (rows[-1]["step"], rows[-1]["seconds"]) if rows else (0, 0.0)
     loss_sum, since, order = torch.zeros((), device=device), first, None
@@ -228,9 +229,9 @@ def train(cfg: Config, resume: bool = False) -> Path:
             record(out, rows, [model, *optimizers])
             speed = step * batch * (split.tokens != 0).sum() / len(tokens) / max(seconds, 1e-9)
             left = (total - step) * (time.perf_counter() - launched) / max(1, step - first)
-            print(f"{step:5}/{total:<5}{step / per_epoch:7.1f}" + ("       -" if loss is None else f"{loss:8.3f}")
-                  + "".join(f"{rows[-1]['acc_' + name]:8.3f}" for name in CAPTURED)
-                  + f"{speed:10,.0f}{left:7.0f}s", flush=True)
+            scores = "".join(f"{rows[-1]['acc_' + name]:8.3f}" for name in CAPTURED)
+            print(f"{step:5}/{total:<5}{step / per_epoch:7.1f}{'-' if loss is None else f'{loss:.3f}':>8}"
+                  f"{scores}{speed:10,.0f}{left:7.0f}s", flush=True)
             loss_sum, since, clock = torch.zeros((), device=device), step, time.perf_counter()
         if step == total:
             break
