@@ -41,7 +41,7 @@ def kmeans(x, k: int, n_init: int = 8, max_iter: int = 100, seed: int = 0):
     if not x.isfinite().all():
         raise ValueError("k-means needs finite points, these hold nan or infinity")
     x = x.reshape(-1, n, width)
-    mean = x.double().mean(1, keepdim=True).float()     # near the origin distances lose fewer digits
+    mean = x.mean(1, keepdim=True, dtype=torch.float64).float()     # near the origin fewer digits are lost
     draws = torch.rand(n_init, k, 2 + int(math.log(k)), generator=make_generator(seed, "kmeans")).to(x.device)
     parts = []
     for some in (x - mean).split(max(1, GROUP // (n_init * n * (k + width)))):
@@ -104,7 +104,7 @@ def _lloyd(x, centroids, max_iter):
 
 
 # ---------------------------------------------------------------- scores of a clustering
-# A measure takes classes (..., N) and clusters (..., N), integers from 0, and gives a float or an array (...).
+# A measure takes classes (..., N) and clusters (..., N), integers from 0, and gives a float or array (...).
 # n_ij counts points of class i in cluster j, a_i and b_j are its sums over j and i, C2(x) = x (x - 1) / 2.
 
 
@@ -220,10 +220,10 @@ def knn(train, query, k: int) -> torch.Tensor:
     train, query = torch.as_tensor(train).float(), torch.as_tensor(query).float()
     if not 1 <= k <= len(train):
         raise ValueError(f"k is {k}, it must be from 1 to the number of points, {len(train)}")
-    mean = train.double().mean(0).float()
+    mean = train.mean(0, dtype=torch.float64).float()
     train, query = train - mean, query - mean
     norms, index, found = train.square().sum(1), torch.arange(len(train), device=train.device), []
-    for some in query.split(max(1, GROUP // len(train))):
+    for some in query.split(max(1, GROUP // (4 * len(train)))):     # floats, keys, and what topk copies
         squared = torch.addmm(norms, some, train.T, alpha=-2) + some.square().sum(1, keepdim=True)
         # The bits of a float >= 0 order as the float does; the index in the bits below them settles ties.
         keys = squared.clamp(min=0).abs().view(torch.int32).long() << 32 | index
@@ -308,7 +308,7 @@ def print_report(run: str | Path, rows: list[dict]):
         for step in steps:
             line(f"{step:8}{accuracy.get(step, math.nan):12.3f}", position, "task", "f1", step)
         line("    null: labels permuted", position, "task", "f1", steps[-1], column="null_mean")
-    print(f"\nBy what else, at step {steps[-1]}? NN: the {NEIGHBOURS} nearest neighbours' share of the same task")
+    print(f"\nBy what else, at step {steps[-1]}? NN: of the {NEIGHBOURS} nearest, the share with the same task")
     for position, identity, measure in dict.fromkeys(key[:3] for key in value):
         if measure in ("f1", "knn_share"):
             head = f"{position:11} {identity}{', NN' if measure == 'knn_share' else ''}"

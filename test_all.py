@@ -113,11 +113,11 @@ def test_regex_on_any_text_raises_valueerror_or_agrees_with_re(pattern, string):
     ("a|a", 1), ("(a|ab)(c|bc)", 3), ("(a|a){10}", 1), ("(a|b)?a?", 5), ("a|b|a", 2), ("", 1), ("[^ -~]", 0),
     ("(a|a)*", 65), ("(a*)*", 65), ("a*", 65), ("a{1000}", 0), ("[a-z]{40}", 26 ** 40), ("[]a]", 2),
     ("(" * 200 + "a" + ")" * 200, 1), ("(" * 200 + "a" + ")*" * 200, 65), (r"\w", 63), (r"\W", 32),
-    (r"[^\d]", 85), ("|".join(map("".join, itertools.islice(itertools.product("abcde", repeat=4), 300))), 300),
+    (r"[^\d]", 85), ("|".join(map("".join, list(itertools.product("abcde", repeat=4))[:300])), 300),
     ("(a|b|ab|ba){8}", 12866)])     # the last by listing them all
 def test_regex_counts_strings_and_not_derivations(pattern, count):
     assert Regex(pattern).count == count
-    if "ab|ba" in pattern:
+    if pattern.endswith("{8}"):
         assert len({"".join(s) for s in itertools.product(["a", "b", "ab", "ba"], repeat=8)}) == count
 
 
@@ -270,19 +270,12 @@ def test_tasks_file_round_trip_gives_the_same_data(tmp_path, dataset):
     assert all((again.splits[name].tokens == dataset.splits[name].tokens).all() for name in dataset.splits)
 
 
-WORDS = {"tokens": "words", "tasks": [
-    {"name": "capital", "map": {"France": "Paris", "Peru": "Lima", "New Zealand": "Wellington"},
-     "distributions": ["(what|which) is the capital( city)?( of|:)", "capital of( the country)?( by)?[?!]?"],
-     "held_out": "(name|tell me|give) (its|the) (seat of government|main city)"},
-    {"name": "tongue", "map": {"France": "French", "Peru": "Spanish"},
-     "distributions": ["(what|which) (language|tongue) (do they|does one) speak", "they (say|speak)[:?]?"],
-     "held_out": "(name|tell me|give) (its|the) (language|tongue)"}]}
+WORDS = json.loads(re.search(r"```json\n(.*?)```", (HERE / "README.md").read_text(encoding="utf-8"), re.S)[1])
 
 
-def test_a_tasks_file_of_words_trains(tmp_path):
+def test_the_tasks_file_of_the_readme_trains(tmp_path):
     (tmp_path / "mine.json").write_text(json.dumps(WORDS))
-    out = train.train(train.Config(**{**TINY, "n_train": 3, "n_val": 2}, tasks=str(tmp_path / "mine.json"),
-                                   out=str(tmp_path / "run")))
+    out = train.train(train.Config(tasks=str(tmp_path / "mine.json"), epochs=2, out=str(tmp_path / "run")))
     d = make_dataset(train.read_config(out))
     texts = [" ".join(d.vocabulary[i] for i in row) for row in d.splits["train"].tokens]
     assert any("New Zealand <ans> Wellington <eos>" in text for text in texts)
@@ -581,7 +574,7 @@ def test_scores_of_the_textbook_table():
     classes = [0] * 8 + [1] * 5 + [2] * 4               # Manning, Raghavan & Schuetze, figure 16.4
     clusters = [0] * 5 + [1] + [2] * 2 + [0] + [1] * 4 + [1] + [2] * 3
     assert probe.contingency(classes, clusters).tolist() == [[5, 1, 2], [1, 4, 0], [0, 1, 3]]
-    p, r = 20 / 40, 20 / 44                 # of 40 pairs within a cluster and 44 within a class 20 are in both
+    p, r = 20 / 40, 20 / 44         # 40 pairs are within a cluster, 44 within a class, 20 within both
     assert probe.f1(classes, clusters) == pytest.approx(2 * p * r / (p + r))
     assert probe.matched_f1(classes, clusters) == pytest.approx((10 / 14 + 8 / 11 + 6 / 9) / 3)
     assert probe.ari(classes, clusters) == pytest.approx((20 - 40 * 44 / 136) / (42 - 40 * 44 / 136))
