@@ -12,6 +12,7 @@ Our choices, since the paper gives no regexes and no sizes: `random_pattern` and
 import argparse
 import dataclasses
 import json
+import math
 import os
 import random
 import re
@@ -309,15 +310,19 @@ def _determinise(pattern, reads, leads, first, last):
 # ---------------------------------------------------------------- tasks
 
 
-def knob(default, why):
-    """A field of a configuration: its default, and what `--help` says of it."""
-    return dataclasses.field(default=default, metadata={"help": why})
+def knob(default, why, least=None, most=math.inf, choices=()):
+    """A field of a configuration: its default, what `--help` says of it, and what it may be.
+
+    The least is 0 for a float and 1 for an integer, unless given.
+    """
+    least = least if least is not None else 0 if isinstance(default, float) else 1
+    return dataclasses.field(default=default, metadata=dict(why=why, least=least, most=most, choices=choices))
 
 
 @dataclass
 class DataConfig:
     """Every knob of the data; `train.Config` adds the rest."""
-    seed: int = knob(0, "every random draw follows from it")
+    seed: int = knob(0, "every random draw follows from it", least=0)
     tasks: str = knob("", "a tasks file, in place of random tasks")
     n_tasks: int = knob(16, "random tasks")
     n_distributions: int = knob(3, "regexes a random task, and one more that is held out")
@@ -326,7 +331,17 @@ class DataConfig:
     n_outputs: int = knob(20, "pool of outputs that random tasks share")
     n_train: int = knob(20, "training instructions a regex")
     n_val: int = knob(10, "instructions a regex in subset, in val and in ood")
+    n_probed: int = knob(64, "tasks that subset, val and ood are about; any more are only trained on")
     max_len: int = knob(64, "longest instruction, in characters")
+
+    def check(self):
+        """Raises ValueError for a knob outside its range."""
+        for field in dataclasses.fields(self):
+            value, may = getattr(self, field.name), field.metadata
+            if may["choices"] and value not in may["choices"]:
+                raise ValueError(f"{field.name} is {value!r}, choose from {', '.join(may['choices'])}")
+            if field.type is not str and not may["least"] <= value <= may["most"]:
+                raise ValueError(f"{field.name} is {value}, it must be from {may['least']} to {may['most']}")
 
 
 class Task(NamedTuple):
@@ -351,14 +366,15 @@ def random_pattern(rng: random.Random) -> str:
 def random_tasks(cfg: DataConfig) -> list[Task]:
     """Tasks whose languages are all disjoint, with inputs and outputs dealt evenly from shared pools.
 
-    Raises ValueError for impossible sizes, and for pools so large that a word gives its task away.
+    An input has another output in each of its tasks. Raises ValueError for impossible sizes, and for pools so
+    large that a word gives its task away.
     """
     for name, pool in ("n_inputs", cfg.n_inputs), ("n_outputs", cfg.n_outputs):
         most = cfg.n_tasks * cfg.n_mappings // 2
         if not cfg.n_mappings <= pool <= most:
             raise ValueError(f"{name} is {pool}, it must be from n_mappings ({cfg.n_mappings}) to "
                              f"n_tasks * n_mappings / 2 ({most}), or some word would give its task away")
-    rng, regexes = random.Random(f"{cfg.seed}/tasks"), []
+    rng, regexes, taken = random.Random(f"{cfg.seed}/tasks"), [], set()
     names = ("".join(letters) for length in (1, 2, 3) for letters in product(ascii_uppercase, repeat=length))
     inputs = dict.fromkeys(islice(names, cfg.n_inputs), 0)
     outputs = dict.fromkeys(map(str, range(cfg.n_outputs)), 0)
@@ -366,7 +382,16 @@ def random_tasks(cfg: DataConfig) -> list[Task]:
     def deal(used):                     # the least used first: all end up in as many tasks, give or take one
         chosen = sorted(used, key=lambda word: (used[word], rng.random()))[:cfg.n_mappings]
         used.update({word: used[word] + 1 for word in chosen})
-        return rng.sample(chosen, len(chosen))
+        return chosen
+
+    def fresh_map():
+        chosen, partners = deal(inputs), deal(outputs)
+        for _ in range(10_000):
+            rng.shuffle(partners)
+            if taken.isdisjoint(zip(chosen, partners)):
+                taken.update(zip(chosen, partners))
+                return dict(zip(chosen, partners))
+        raise ValueError(f"n_outputs is {cfg.n_outputs}: too few for an input to have another in each task")
 
     def fresh_pattern():
         while True:
@@ -375,9 +400,8 @@ def random_tasks(cfg: DataConfig) -> list[Task]:
                 regexes.append(regex)
                 return regex.pattern
 
-    return [Task(f"t{t:02d}", dict(zip(deal(inputs), deal(outputs))),
-                 [fresh_pattern() for _ in range(cfg.n_distributions)], fresh_pattern())
-            for t in range(cfg.n_tasks)]
+    return [Task(f"t{t:02d}", fresh_map(), [fresh_pattern() for _ in range(cfg.n_distributions)],
+                 fresh_pattern()) for t in range(cfg.n_tasks)]
 
 
 def write(path: str | Path, content: str | bytes):
@@ -387,9 +411,9 @@ def write(path: str | Path, content: str | bytes):
     os.replace(aside, path)
 
 
-def write_tasks(path: str | Path, tokens: str, tasks: list[Task]):
-    """Write a tasks file; tokens, "characters" or "words", is what instructions are cut into."""
-    spec = {"tokens": tokens, "tasks": [task._asdict() for task in tasks]}
+def write_tasks(path: str | Path, cut_into: str, tasks: list[Task]):
+    """Write a tasks file; cut_into, "characters" or "words", are the tokens of instructions."""
+    spec = {"tokens": cut_into, "tasks": [task._asdict() for task in tasks]}
     write(path, json.dumps(spec, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -454,14 +478,14 @@ class Split(NamedTuple):
     """N instances, instruction by instruction, as rows of T tokens, padded on the right."""
     instances: list[Instance]
     tokens: np.ndarray                      # (N, T) int64
-    answer: np.ndarray                      # (N, T) bool: the output and its <eos>
+    is_output: np.ndarray                   # (N, T) bool: the tokens of the output and its <eos>
     identities: dict[str, np.ndarray]       # name -> (N,) int64
     positions: dict[str, tuple]             # name -> rows and columns of `tokens` where a state is read
 
     def labels(self, position: str) -> dict[str, np.ndarray]:
         """name -> (n,) int64, a label for each state read at a position.
 
-        `instruction` is read once a string, so it has only the identities that the string decides.
+        Where a state is read for several instances, as at `instruction`, only the identities they agree on.
         """
         rows, _ = self.positions[position]
         state_of = np.searchsorted(rows, np.arange(len(self.tokens)), side="right") - 1     # (N,)
@@ -470,7 +494,7 @@ class Split(NamedTuple):
 
 class Dataset(NamedTuple):
     """What a run is about; token i reads vocabulary[i]."""
-    tokens: str                             # "characters" or "words": what instructions are cut into
+    cut_into: str                           # "characters" or "words": the tokens of instructions
     tasks: list[Task]
     vocabulary: list[str]
     splits: dict[str, Split]                # train, subset, val, ood
@@ -481,12 +505,10 @@ def make_dataset(cfg: DataConfig) -> Dataset:
 
     Raises ValueError for sizes that cannot be.
     """
-    for name, size in vars(cfg).items():
-        if name.startswith("n_") and size < 1:
-            raise ValueError(f"{name} is {size}, it must be at least 1")
+    cfg.check()
     if cfg.n_val > cfg.n_train:
         raise ValueError(f"n_val ({cfg.n_val}) is above n_train ({cfg.n_train}), subset would be smaller")
-    tokens, tasks = read_tasks(cfg.tasks, cfg.max_len) if cfg.tasks else ("characters", random_tasks(cfg))
+    cut_into, tasks = read_tasks(cfg.tasks, cfg.max_len) if cfg.tasks else ("characters", random_tasks(cfg))
     instances, number = {"train": [], "subset": [], "val": [], "ood": []}, 0
     for t, task in enumerate(tasks):
         for m, pattern in enumerate((*task.distributions, task.held_out)):
@@ -495,19 +517,26 @@ def make_dataset(cfg: DataConfig) -> Dataset:
             try:                            # distinct strings, so none is in both parts
                 strings = Regex(pattern, cfg.max_len).sample(cfg.n_val + trained * cfg.n_train, rng)
             except ValueError as e:
-                raise ValueError(f"task {task.name}: {e}; lower n_train, n_val or widen the regex") from None
+                raise ValueError(f"task {task.name}: {e}; widen it, lower n_train or n_val, or raise max_len"
+                                 ) from None
             unseen, train = strings[:cfg.n_val], strings[cfg.n_val:]
             parts = {"train": train, "subset": train[:cfg.n_val], "val" if trained else "ood": unseen}
             for name, some in parts.items():
-                instances[name] += [Instance(s, i, o, t, number) for s in some for i, o in task.map.items()]
+                if name == "train" or t < cfg.n_probed:
+                    instances[name] += [Instance(s, *io, t, number) for s in some for io in task.map.items()]
             number += 1
 
     def cut(text, into):
         return list(text) if into == "characters" else re.findall(r"\w+|[^\w\s]", text)
 
-    everything = [x for some in instances.values() for x in some]
-    texts = {x: [*cut(x.instruction, tokens), SEP, *cut(x.input, "words"), ANS, *cut(x.output, "words"), EOS]
-             for x in everything}
+    everything = dict.fromkeys(x for some in instances.values() for x in some)
+    texts, strings = {}, {}
+    for x in everything:
+        instruction = cut(x.instruction, cut_into)
+        texts[x] = [*instruction, SEP, *cut(x.input, "words"), ANS, *cut(x.output, "words"), EOS]
+        twin = strings.setdefault(tuple(instruction), x.instruction)
+        if twin != x.instruction:
+            raise ValueError(f"task {tasks[x.task].name}: {x.instruction!r} and {twin!r} are the same words")
     vocabulary = [*SPECIALS, *sorted(set().union(*texts.values()) - set(SPECIALS))]
     width, id_of = max(map(len, texts.values())), {token: i for i, token in enumerate(vocabulary)}
     values = {name: sorted({identity(x) for x in everything}) for name, identity in IDENTITIES.items()}
@@ -520,7 +549,7 @@ def make_dataset(cfg: DataConfig) -> Dataset:
                       for key, identity in IDENTITIES.items()}
         splits[name] = Split(some, rows, (np.arange(width) > ans[:, None]) & (rows != 0), identities, {
             "instruction": (first, sep[first]), "answer": (np.arange(len(some)), ans)})
-    return Dataset(tokens, tasks, vocabulary, splits)
+    return Dataset(cut_into, tasks, vocabulary, splits)
 
 
 # ---------------------------------------------------------------- the command line
@@ -534,7 +563,7 @@ class Flags(argparse.ArgumentParser):
         for field in dataclasses.fields(config) if config else ():
             self.add_argument("--" + field.name.replace("_", "-"), type=field.type, default=argparse.SUPPRESS,
                               metavar=field.type.__name__.upper(),
-                              help=f"{field.metadata['help']} (default: {field.default!r})")
+                              help=f"{field.metadata['why']} (default: {field.default!r})")
 
     def error(self, message):
         raise ValueError(f"{message}; --help lists the flags")
@@ -546,8 +575,11 @@ def command_line(main):
         main()
     except BrokenPipeError:         # whoever read our output, say `head`, has seen enough
         os._exit(141)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (ValueError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
+        what = f"{e.filename}: {e.strerror}, check the path" if isinstance(e, OSError) and e.filename else e
+        print(f"error: {what}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -556,7 +588,7 @@ def main():
     cfg = DataConfig(**vars(Flags(DataConfig, description=main.__doc__).parse_args()))
     data = make_dataset(cfg)
     print(f"{len(data.tasks)} tasks, {len(data.vocabulary)} tokens, sequences of at most "
-          f"{data.splits['train'].tokens.shape[1]}; instructions are cut into {data.tokens}\n\n"
+          f"{data.splits['train'].tokens.shape[1]}; instructions are cut into {data.cut_into}\n\n"
           "split   instructions  instances  tasks  regexes")
     for name, split in data.splits.items():
         sizes = (len(np.unique(split.identities[key])) for key in ("task", "distribution"))

@@ -141,17 +141,17 @@ def f1(classes, clusters):
 def matched_f1(classes, clusters):
     """The mean F1 of the classes, each matched to a cluster of its own so that most points agree; 0 to 1.
 
-    F1 of class i and cluster j is 2 n_ij / (a_i + b_j), 0 for a class without a cluster. Chance: somewhat
-    over 1 / K, as the best matching of many is taken.
+    F1 of class i and cluster j is 2 n_ij / (a_i + b_j), 0 for a class without a cluster; of matchings with as
+    many points the one of highest F1 counts. Chance: somewhat over 1 / K, as the best of many is taken.
     """
     n = contingency(classes, clusters)
     size = max(n.shape[-2:])
     table = np.zeros((*n.shape[:-2], size, size))
     table[..., :n.shape[-2], :n.shape[-1]] = n
-    column = match(table.reshape(-1, size, size)).reshape(table.shape[:-1])
-    hits = np.take_along_axis(table, column[..., None], -1)[..., 0]         # (..., classes)
-    sizes = table.sum(-1) + np.take_along_axis(table.sum(-2), column, -1)
-    return (2 * hits / np.maximum(sizes, 1)).sum(-1) / (table.sum(-1) > 0).sum(-1)
+    of_pair = 2 * table / np.maximum(table.sum(-1, keepdims=True) + table.sum(-2, keepdims=True), 1)
+    value = table + of_pair / (size + 1)                    # one point outweighs all F1 together
+    column = match(value.reshape(-1, size, size)).reshape(*table.shape[:-1], 1)
+    return np.take_along_axis(of_pair, column, -1).sum((-1, -2)) / (table.sum(-1) > 0).sum(-1)
 
 
 def match(value: np.ndarray) -> np.ndarray:
@@ -237,19 +237,35 @@ N_NULL = 20             # permutations of the labels behind every null
 NEIGHBOURS = 10         # states of subset that each state of val and ood is compared with
 
 
-def load(run: str | Path, split: str, position: str) -> tuple[list[int], torch.Tensor, dict[str, np.ndarray]]:
-    """The captured steps, the states (S, L + 1, n, C) of a split at a position, and identity -> (n,) labels.
+def captured(run: str | Path) -> tuple[list[int], dict]:
+    """The steps at which a run was captured, and position -> split -> identity -> (n,) labels of the states.
 
     Raises ValueError if nothing was captured.
     """
-    folder, key = Path(run) / "states", f"{split}/{position}"
+    folder, labels = Path(run) / "states", {}
     steps = sorted(int(path.stem) for path in folder.glob("[0-9]*.npz"))
     if not steps:
         raise ValueError(f"{run} has no captures: train it first")
-    states = np.stack([np.load(folder / f"{step:06d}.npz")[key] for step in steps])
-    with np.load(folder / "labels.npz") as labels:
-        return steps, torch.from_numpy(states), {
-            name.rsplit("/", 1)[1]: labels[name] for name in labels if name.startswith(key)}
+    with np.load(folder / "labels.npz") as arrays:
+        for name in arrays:
+            split, position, identity = name.split("/")
+            labels.setdefault(position, {}).setdefault(split, {})[identity] = arrays[name]
+    return steps, labels
+
+
+def load(run: str | Path, steps: list[int], split: str, position: str) -> torch.Tensor:
+    """The states (S, L + 1, n, C) of a split at a position, float16."""
+    files = (np.load(Path(run) / "states" / f"{step:06d}.npz") for step in steps)
+    return torch.from_numpy(np.stack([arrays[f"{split}/{position}"] for arrays in files]))
+
+
+def rows_of(score, labels: np.ndarray, rng: np.random.Generator, steps: list[int], **where) -> list[dict]:
+    """Rows of probe.jsonl: score(labels), an array (S, L + 1), beside the same for permuted labels."""
+    values, null = score(labels), np.stack([score(rng.permutation(labels)) for _ in range(N_NULL)])
+    mean, high = null.mean(0), np.quantile(null, 0.95, 0)
+    return [{"step": steps[s], "layer": layer, **where, "value": float(value),
+             "null_mean": float(mean[s, layer]), "null_95": float(high[s, layer])}
+            for (s, layer), value in np.ndenumerate(values)]
 
 
 def probe(run: str | Path) -> list[dict]:
@@ -258,34 +274,27 @@ def probe(run: str | Path) -> list[dict]:
     Writes and returns the rows of probe.jsonl: step, layer, position, split, identity, measure, value,
     null_mean and null_95. k-means is fitted anew on each split: the question is whether there are clusters.
     """
-    seed, rows = read_config(run).seed, []
-
-    def add(score, labels, position, split, identity, measure):     # score: (n,) labels -> (S, L + 1)
-        rng = np.random.default_rng([seed, len(rows)])
-        values, null = score(labels), np.stack([score(rng.permutation(labels)) for _ in range(N_NULL)])
-        means, high = null.mean(0), np.quantile(null, 0.95, 0)
-        for (s, layer), value in np.ndenumerate(values):
-            rows.append({"step": steps[s], "layer": layer, "position": position, "split": split,
-                         "identity": identity, "measure": measure, "value": float(value),
-                         "null_mean": means[s, layer], "null_95": high[s, layer]})
-
-    for position in "instruction", "answer":
-        _, known, known_labels = load(run, "subset", position)
+    seed, rows, (steps, labels) = read_config(run).seed, [], captured(run)
+    for position, of_split in labels.items():
+        known = load(run, steps, "subset", position)
         for split in CAPTURED:
-            steps, states, labels = load(run, split, position)
-            for identity, label in labels.items():
+            states, where = load(run, steps, split, position), {"position": position, "split": split}
+            rng = np.random.default_rng([seed, len(rows)])
+            for identity, ids in of_split[split].items():
                 if sys.stderr.isatty():
                     print(f"\r\x1b[Kprobing {position}, {split}, {identity} ...", end="\r", file=sys.stderr)
-                names, classes = np.unique(label, return_inverse=True)
+                names, classes = np.unique(ids, return_inverse=True)
                 clusters = kmeans(states, len(names), seed=seed)[0].numpy()         # (S, L + 1, n)
                 for name, measure in MEASURES.items():
-                    add(lambda c: measure(c, clusters), classes, position, split, identity, name)
+                    rows += rows_of(lambda c: measure(c, clusters), classes, rng, steps, **where,
+                                    identity=identity, measure=name)
             if split != "subset":
                 near = torch.stack([knn(a, b, min(NEIGHBOURS, len(a))) for a, b in
                                     zip(known.flatten(0, 1), states.flatten(0, 1))])
                 near = near.view(*states.shape[:3], -1).numpy()                     # (S, L + 1, n, K)
-                add(lambda tasks: (tasks[near] == labels["task"][:, None]).mean((2, 3)), known_labels["task"],
-                    position, split, "task", "knn_share")
+                own = of_split[split]["task"][:, None]
+                rows += rows_of(lambda c: (c[near] == own).mean((2, 3)), of_split["subset"]["task"], rng, steps,
+                                **where, identity="task", measure="knn_share")
     write(Path(run) / "probe.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
@@ -302,13 +311,13 @@ def print_report(run: str | Path, rows: list[dict]):
         scores = [value[(*key, layer)][column] for layer in layers]
         print(f"{head:25}" + "".join(f"{x:7.2f}{' ░▒▓█'[min(4, int(5 * max(0, x)))]}" for x in scores))
 
-    for position in "instruction", "answer":
+    for position in dict.fromkeys(key[0] for key in value):
         print(f"\nDo states at `{position}` cluster by task? Pairwise F1 on unseen instructions (val)\n"
               "    step   val accuracy  layer" + "".join(f"{layer:2}      " for layer in layers))
         for step in steps:
             line(f"{step:8}{accuracy.get(step, math.nan):12.3f}", position, "task", "f1", step)
         line("    null: labels permuted", position, "task", "f1", steps[-1], column="null_mean")
-    print(f"\nBy what else, at step {steps[-1]}? NN: of the {NEIGHBOURS} nearest, the share with the same task")
+    print(f"\nBy what else, at step {steps[-1]}? NN: of the {NEIGHBOURS} nearest, the share of the same task")
     for position, identity, measure in dict.fromkeys(key[:3] for key in value):
         if measure in ("f1", "knn_share"):
             head = f"{position:11} {identity}{', NN' if measure == 'knn_share' else ''}"

@@ -15,6 +15,7 @@ import json
 import math
 import platform
 import random
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,6 @@ from model import GPT, ModelConfig
 # ---------------------------------------------------------------- configuration
 
 CAPTURED = "subset", "val", "ood"       # the splits that are evaluated, and whose states are kept
-CHOICES = {"loss_on": ("all", "answer"), "optimizer": ("muon", "adamw"), "device": ("auto", "cpu", "cuda")}
 
 
 @dataclass
@@ -41,32 +41,24 @@ class Config(DataConfig):
     n_embd: int = knob(64, "width")
     epochs: int = knob(20, "passes over the training instances")
     batch_size: int = knob(256, "instances a step")
-    loss_on: str = knob("all", "all: every next token, as a causal language model; answer: the output alone")
-    optimizer: str = knob("muon", "muon: Muon for the blocks' matrices, AdamW for the rest; adamw: no Muon")
+    loss_on: str = knob("all", "all: every next token, a causal language model; answer: the output alone",
+                        choices=("all", "answer"))
+    optimizer: str = knob("muon", "muon: Muon for the blocks' matrices, AdamW for the rest; adamw: no Muon",
+                          choices=("muon", "adamw"))
     lr: float = knob(3e-3, "peak learning rate of AdamW")
     muon_lr: float = knob(0.02, "peak learning rate of Muon")
     weight_decay: float = knob(0.1, "decoupled weight decay of both")
-    warmup: float = knob(0.1, "share of the steps in which the rate rises, before it falls linearly to 0")
+    warmup: float = knob(0.1, "share of the steps in which the rate rises, before it falls to 0", most=0.99)
     n_captures: int = knob(20, "how often the states are kept, about")
-    eval_every: int = knob(0, "steps between evaluations besides those at captures; 0: no others")
-    device: str = knob("auto", "cpu, cuda, or auto: cuda if there is one")
-
-    def check(self):
-        """Raises ValueError for a knob that is out of its range."""
-        for name, value in vars(self).items():
-            least = 0 if name in ("seed", "max_len", "eval_every") or isinstance(value, float) else 1
-            most = 0.99 if name == "warmup" else math.inf
-            if name in CHOICES and value not in CHOICES[name]:
-                raise ValueError(f"{name} is {value!r}: choose from {', '.join(CHOICES[name])}")
-            if not isinstance(value, str) and not least <= value <= most:
-                raise ValueError(f"{name} is {value}, it must be from {least} to {most}")
+    eval_every: int = knob(0, "steps between evaluations besides those at captures; 0: no others", least=0)
+    device: str = knob("auto", "cpu, cuda, or auto: cuda if there is one", choices=("auto", "cpu", "cuda"))
 
 
 PRESETS = {
     "quick": dict(out="runs/quick", n_tasks=8, n_distributions=2, n_layer=3, n_head=3, n_embd=48, epochs=30,
                   n_captures=10),
     "default": {},
-    "large": dict(out="runs/large", n_tasks=512, n_distributions=4, n_inputs=64, n_outputs=256, n_val=1,
+    "large": dict(out="runs/large", n_tasks=512, n_distributions=4, n_inputs=64, n_outputs=256, n_val=5,
                   n_layer=8, n_head=8, n_embd=256, batch_size=1024, epochs=10, n_captures=12),
 }
 
@@ -75,7 +67,8 @@ def read_config(run: str | Path) -> Config:
     """The configuration of a run folder. Raises ValueError if it is not one."""
     try:
         stored = json.loads((Path(run) / "config.json").read_text(encoding="utf-8"))
-        return Config(**{field.name: stored[field.name] for field in dataclasses.fields(Config)})
+        stored["versions"]      # a knob that came after the run has its default; this one every run has
+        return Config(**{key.name: stored.get(key.name, key.default) for key in dataclasses.fields(Config)})
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{run} is not a run folder, make one with train.py (config.json: {e!r})") from None
 
@@ -110,7 +103,7 @@ def observe(model: GPT, split: Split, batch: int = 512) -> tuple[float, dict[str
         some = slice(start, start + batch)
         tokens = torch.from_numpy(split.tokens[some]).to(device)
         logits, layers = model(tokens[:, :-1])                          # (B, T, V), L + 1 times (B, T, C)
-        wrong = (logits.argmax(-1) != tokens[:, 1:]).cpu().numpy() & split.answer[some, 1:]
+        wrong = (logits.argmax(-1) != tokens[:, 1:]).cpu().numpy() & split.is_output[some, 1:]
         right.append(~wrong.any(1))
         for position, (rows, columns) in split.positions.items():
             mine = (start <= rows) & (rows < start + batch)
@@ -148,35 +141,56 @@ def make_optimizers(model: GPT, cfg: Config) -> list[torch.optim.Optimizer]:
 
 
 def begin(cfg: Config, data: Dataset, device: torch.device):
-    """Lay out a run folder: all that does not change while it is trained."""
-    out = Path(cfg.out)
-    (out / "states").mkdir(parents=True, exist_ok=True)
+    """Make a run folder, aside and then in one move, with all that does not change while it is trained."""
+    out, aside = Path(cfg.out), Path(f"{cfg.out}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    (aside / "states").mkdir(parents=True)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     about = {**vars(cfg), "runs_on": str(device), "versions": versions}
-    write(out / "config.json", json.dumps(about, indent=1) + "\n")
-    write_tasks(out / "tasks.json", data.tokens, data.tasks)
-    write_arrays(out / "states" / "labels.npz", {
+    write(aside / "config.json", json.dumps(about, indent=1) + "\n")
+    write_tasks(aside / "tasks.json", data.cut_into, data.tasks)
+    write_arrays(aside / "states" / "labels.npz", {
         f"{name}/{position}/{identity}": ids for name in CAPTURED for position in data.splits[name].positions
         for identity, ids in data.splits[name].labels(position).items()})
+    aside.rename(out)
 
 
-def restore(out: Path, parts: list) -> list[dict]:
+def restore(out: Path, model: GPT, optimizers: list[torch.optim.Optimizer]) -> list[dict]:
     """Set model and optimisers to a run's checkpoint; return its metrics up to there, [] if there is none."""
     if not (out / "ckpt.pt").exists():
         return []
-    saved = torch.load(out / "ckpt.pt", map_location=parts[0].token.weight.device, weights_only=True)
-    for part, state in zip(parts, saved["parts"]):
-        part.load_state_dict(state)
+    saved = torch.load(out / "ckpt.pt", map_location=model.token.weight.device, weights_only=True)
+    model.load_state_dict(saved["model"])
+    for optimizer, state in zip(optimizers, saved["optimizers"]):
+        optimizer.load_state_dict(state)
     rows = map(json.loads, (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return [row for row in rows if row["step"] <= saved["step"]]
 
 
-def record(out: Path, rows: list[dict], parts: list):
+def record(out: Path, rows: list[dict], model: GPT, optimizers: list[torch.optim.Optimizer]):
     """Write the metrics so far, and a checkpoint of the model and optimisers that produced the last."""
     write(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     buffer = io.BytesIO()
-    torch.save({"step": rows[-1]["step"], "parts": [part.state_dict() for part in parts]}, buffer)
+    torch.save({"step": rows[-1]["step"], "model": model.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, buffer)
     write(out / "ckpt.pt", buffer.getvalue())
+
+
+def prepare(cfg: Config, resume: bool) -> tuple[Dataset, torch.device]:
+    """The data and the device of a run, or a ValueError if it cannot be, or if a folder is in the way."""
+    out = Path(cfg.out)
+    if resume:
+        changed = [key for key, x in vars(read_config(out)).items() if x != vars(cfg)[key] and key != "out"]
+        if changed:
+            raise ValueError(f"{out} was begun with another {', '.join(changed)}: leave that out to resume")
+    elif out.exists():
+        raise ValueError(f"{out} exists: choose another --out, delete it, or go on with it by --resume")
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("there is no CUDA device here: use --device cpu")
+    # a run goes on with the tasks it began with, whatever has become of the file they came from
+    data = make_dataset(dataclasses.replace(cfg, tasks=str(out / "tasks.json")) if resume else cfg)
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    return data, torch.device(auto if cfg.device == "auto" else cfg.device)
 
 
 def train(cfg: Config, resume: bool = False) -> Path:
@@ -184,17 +198,9 @@ def train(cfg: Config, resume: bool = False) -> Path:
 
     Raises ValueError, before anything is written, for a configuration that cannot be or a folder in the way.
     """
-    cfg.check()
-    out = Path(cfg.out)
-    if resume and (changed := [key for key, x in vars(read_config(out)).items() if x != vars(cfg)[key]]):
-        raise ValueError(f"{out} was begun with another {', '.join(changed)}: leave that flag out to resume")
-    if out.exists() and not resume:
-        raise ValueError(f"{out} exists: go on with it by --resume, delete it, or choose another --out")
-    data = make_dataset(cfg)
-    split = data.splits["train"]
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(auto if cfg.device == "auto" else cfg.device)
-    scored = split.answer if cfg.loss_on == "answer" else split.tokens != 0
+    data, device = prepare(cfg, resume)
+    out, split = Path(cfg.out), data.splits["train"]
+    scored = split.is_output if cfg.loss_on == "answer" else split.tokens != 0      # 0 is <pad>
     targets = torch.from_numpy(np.where(scored, split.tokens, -100)).to(device)     # (N, T), -100: not scored
     tokens = torch.from_numpy(split.tokens).to(device)                              # (N, T)
     batch = min(cfg.batch_size, len(tokens))
@@ -206,33 +212,31 @@ def train(cfg: Config, resume: bool = False) -> Path:
                 make_generator(cfg.seed, "weights")).to(device)
     optimizers = make_optimizers(model, cfg)
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    rows = restore(out, [model, *optimizers])
-    if not rows:
+    if not resume:
         begin(cfg, data, device)
-    kept = 2 * cfg.n_embd * (cfg.n_layer + 1) * sum(
-        len(where) for name in CAPTURED for where, _ in data.splits[name].positions.values())
-    size = sum(p.numel() for p in model.parameters())
-    print(f"{out}: {size:,} parameters, {total} steps of {batch} instances on {device}; {len(captures)} "
-          f"captures, {len(captures) * kept / 1e6:.0f} MB\n\n"
+    rows = restore(out, model, optimizers)
+    size = 2 * cfg.n_embd * (cfg.n_layer + 1) * sum(
+        len(read) for name in CAPTURED for read, _ in data.splits[name].positions.values())
+    weights = sum(p.numel() for p in model.parameters())
+    print(f"{out}: {weights:,} parameters, {total} steps of {batch} instances on {device}; "
+          f"{len(captures)} captures, {len(captures) * size / 1e6:.0f} MB\n\n"
           "       step  epoch    loss  subset     val     ood  tokens/s    left", flush=True)
 
     first, seconds = (rows[-1]["step"], rows[-1]["seconds"]) if rows else (0, 0.0)
-    loss_sum, since, order = torch.zeros((), device=device), first, None
-    launched = clock = time.perf_counter()
+    losses, order, launched = [], None, time.perf_counter()
+    clock = launched                                    # it stops where something else than training is done
     for step in range(first, total + 1):
         epoch, i = divmod(step, per_epoch)
         if step in evaluations and not (rows and rows[-1]["step"] == step):
-            loss = loss_sum.item() / (step - since) if step > since else None   # .item() waits for the device
+            loss = torch.stack(losses).mean().item() if losses else None        # waits for the device
             seconds += time.perf_counter() - clock
             rows.append({"step": step, "epoch": step / per_epoch, "loss": loss,
                          **evaluate(model, data, out, step, step in captures), "seconds": seconds})
-            record(out, rows, [model, *optimizers])
-            speed = step * batch * (split.tokens != 0).sum() / len(tokens) / max(seconds, 1e-9)
+            record(out, rows, model, optimizers)
+            speed = step * batch * (split.tokens != 0).sum() / len(tokens) / seconds
             left = (total - step) * (time.perf_counter() - launched) / max(1, step - first)
-            scores = "".join(f"{rows[-1]['acc_' + name]:8.3f}" for name in CAPTURED)
-            print(f"{step:5}/{total:<5}{step / per_epoch:7.1f}{'-' if loss is None else f'{loss:.3f}':>8}"
-                  f"{scores}{speed:10,.0f}{left:7.0f}s", flush=True)
-            loss_sum, since, clock = torch.zeros((), device=device), step, time.perf_counter()
+            print_row(rows[-1], total, speed, left)
+            losses, clock = [], time.perf_counter()
         if step == total:
             break
         if i == 0 or order is None:
@@ -247,9 +251,17 @@ def train(cfg: Config, resume: bool = False) -> Path:
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        loss_sum += loss.detach()
+        losses.append(loss.detach())
     print(f"done; next: python probe.py {out}")
     return out
+
+
+def print_row(row: dict, total: int, speed: float, left: float):
+    """One line an evaluation, under the header that `train` prints."""
+    loss = "-" if row["loss"] is None else f"{row['loss']:.3f}"
+    accuracies = "".join(f"{row['acc_' + name]:8.3f}" for name in CAPTURED)
+    print(f"{row['step']:5}/{total:<5}{row['epoch']:7.1f}{loss:>8}{accuracies}{speed:10,.0f}{left:7.0f}s",
+          flush=True)
 
 
 def main():
@@ -259,7 +271,8 @@ def main():
     flags.add_argument("--resume", action="store_true", help="go on with the run in --out, as it was begun")
     given = vars(flags.parse_args())
     preset, resume = PRESETS[given.pop("preset")], given.pop("resume")
-    cfg = read_config({**preset, **given}.get("out", Config.out)) if resume else Config(**preset)
+    given = {"out": preset.get("out", Config.out), **given}
+    cfg = read_config(given["out"]) if resume else Config(**preset)
     train(dataclasses.replace(cfg, **given), resume)
 
 
