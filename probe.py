@@ -293,8 +293,9 @@ def probe(run: str | Path) -> list[dict]:
                                     zip(known.flatten(0, 1), states.flatten(0, 1))])
                 near = near.view(*states.shape[:3], -1).numpy()                     # (S, L + 1, n, K)
                 own = of_split[split]["task"][:, None]
-                rows += rows_of(lambda c: (c[near] == own).mean((2, 3)), of_split["subset"]["task"], rng, steps,
-                                **where, identity="task", measure="knn_share")
+                task = of_split["subset"]["task"]
+                rows += rows_of(lambda c: (c[near] == own).mean((2, 3)), task, rng, steps, **where,
+                                identity="task", measure="knn_share")
     write(Path(run) / "probe.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
