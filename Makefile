@@ -1,8 +1,8 @@
 # Everything runs from .venv, which is built from requirements.txt when it is missing.
 PYTHON ?= python3
 PY := .venv/bin/python
-# Threads that wait for each other sleep: on a busy machine spinning makes small steps ten times as slow.
-export OMP_WAIT_POLICY ?= PASSIVE
+# Waiting threads are to sleep soon: on a busy machine, spinning makes small steps ten times as slow.
+export GOMP_SPINCOUNT ?= 1000
 
 help:            ## this list
 	@awk -F ':.*## *' '/^[a-z]+:.*##/ {printf "  make %-7s %s\n", $$1, $$2}' Makefile

@@ -55,21 +55,22 @@ class Regex:
         self._edges, self._accept = _determinise(pattern, *_thompson(pattern))
         # counts[r][q]: strings of at most r characters that lead from state q to acceptance; the last row is
         # the first beyond which no string is longer
-        self._counts, n_edges = [[int(a) for a in self._accept]], sum(map(len, self._edges))
+        self._counts, work = [[int(a) for a in self._accept]], 0
         for r in range(max_len):
             row = [a + sum(len(chars) * self._counts[r][q] for chars, q in edges)
                    for a, edges in zip(self._accept, self._edges)]
             if row == self._counts[r]:
                 break
             self._counts.append(row)
-            if n_edges * r > MAX_WORK:
+            work += sum(map(len, self._edges)) * (1 + max(row).bit_length() // 1000)
+            if work > MAX_WORK:
                 raise ValueError(f"{pattern!r:.60} is too large to count: lower max_len, it is {max_len}")
         self.count = self._counts[-1][0]
 
     def unrank(self, i: int) -> str:
         """The i-th string, 0 <= i < count, in a fixed order. Raises ValueError for any other i."""
-        if not 0 <= i < self.count:
-            raise ValueError(f"{self.pattern!r:.60} has {self.count} strings, none has the number {i}")
+        if not (isinstance(i, int) and 0 <= i < self.count):
+            raise ValueError(f"{self.pattern!r:.60} has {show(self.count)} strings and none numbered {i!r:.60}")
         state, left, string = 0, len(self._counts) - 1, ""
         while not (self._accept[state] and i == 0):
             i -= self._accept[state]    # the string that ends here came first
@@ -88,8 +89,8 @@ class Regex:
     def sample(self, n: int, rng: random.Random, unique: bool = True) -> list[str]:
         """n strings, uniform over the language, distinct if unique. Raises ValueError if it has too few."""
         if self.count < (n if unique else min(n, 1)):
-            raise ValueError(f"{self.pattern!r:.60} has {self.count} strings of at most {self.max_len} "
-                             f"characters, {n} were asked for")
+            raise ValueError(f"{self.pattern!r:.60} has only {show(self.count)} strings of at most "
+                             f"{self.max_len} characters, {n} were asked for")
         if not unique:
             return [self.unrank(rng.randrange(self.count)) for _ in range(n)]
         moved, strings = {}, []         # a Fisher-Yates shuffle that stores only what it has moved
@@ -120,13 +121,18 @@ class Regex:
             if self._accept[p] and other._accept[q]:
                 return False
             for (a, t), (b, u) in product(self._edges[p], other._edges[q]):
-                if (t, u) not in seen and any(c in b for c in a):
+                if (t, u) not in seen and not set(a).isdisjoint(b):
                     seen.add((t, u))
                     pairs.append((t, u, length + 1))
             work += len(self._edges[p]) * len(other._edges[q])
             if work > MAX_WORK:
                 raise ValueError(f"{self.pattern!r:.60} and {other.pattern!r:.60} are too large to compare")
         return True
+
+
+def show(count: int) -> str:
+    """A count as text; Python refuses to write out the largest ones."""
+    return f"{count:,}" if count < 10 ** 18 else f"about 2^{count.bit_length() - 1}"
 
 
 def _fail(pattern, what, at, way_out):
@@ -153,9 +159,11 @@ def _lex(pattern):
                 _fail(pattern, "unclosed [", at, "close it, or escape it")
             start, (low, i) = i, element(i)
             if pattern.startswith("-", i) and pattern[i + 1:i + 2] not in ("]", ""):
-                high, i = element(i + 1)
-                if len(low) * len(high) > 1 or not 0 <= ord(min(high)) - ord(min(low)) < MAX_STATES:
-                    _fail(pattern, f"bad range {pattern[start:i]}", start, "two characters, in order")
+                (high, i), middle = element(i + 1), i
+                single = pattern[start + 1:middle] not in ESCAPES and pattern[middle + 2:i] not in ESCAPES
+                if not single or not 0 <= ord(min(high)) - ord(min(low)) < 1000:
+                    _fail(pattern, f"bad range {pattern[start:i]}", start,
+                          "it needs two characters, in order, at most 999 apart")
                 low = map(chr, range(ord(min(low)), ord(min(high)) + 1))
             chars.update(low)
         return (PRINTABLE - chars if negated else frozenset(chars)), i + 1
@@ -168,8 +176,8 @@ def _lex(pattern):
             counted = COUNTED.match(pattern, at)
             least, most = {"?": (0, 1), "*": (0, None), "+": (1, None), "{": (1, 0)}[c]
             if counted:
-                least, most, i = int(counted[1]), counted[2], counted.end()
-                most = least if most is None else int(most) if most else None
+                least, most, i = int(counted[1][:9]), counted[2], counted.end()     # nine digits are too many
+                most = least if most is None else int(most[:9]) if most else None
             if most is not None and most < least:
                 _fail(pattern, f"bare or empty {pattern[at:i]}", at, "escape it, or write {m}, {m,} or {m,n}")
             yield at, "repeat", (least, most)
@@ -203,7 +211,7 @@ def _thompson(pattern):
 
     def close(branches):                    # an alternation of concatenations of atoms
         first, last = state(), state()
-        for atoms in branches:
+        for atoms in [*filter(None, branches), *[[]] * ([] in branches)]:       # one empty branch is enough
             here = first
             for _, enter, leave in atoms:
                 leads[here].append(enter)
@@ -212,9 +220,10 @@ def _thompson(pattern):
         return first, last
 
     def repeat(low, enter, leave, least, most):     # most is None: open, a loop on the last copy
-        body = list(zip(reads[low:], map(tuple, leads[low:])))
         shifts = [0] if most != 0 else []
-        for _ in range((max(least, 1) if most is None else most) - 1):
+        copies = (max(least, 1) if most is None else most) - 1
+        body = list(zip(reads[low:], map(tuple, leads[low:]))) if copies > 0 else []
+        for _ in range(copies):
             shifts.append(len(leads) - low)
             for chars, targets in body:
                 state(chars, [t + shifts[-1] for t in targets])
@@ -310,7 +319,7 @@ def _determinise(pattern, reads, leads, first, last):
 # ---------------------------------------------------------------- tasks
 
 
-def knob(default, why, least=None, most=math.inf, choices=()):
+def knob(default, why, least=None, most=10 ** 6, choices=()):
     """A field of a configuration: its default, what `--help` says of it, and what it may be.
 
     The least is 0 for a float and 1 for an integer, unless given.
@@ -322,7 +331,7 @@ def knob(default, why, least=None, most=math.inf, choices=()):
 @dataclass
 class DataConfig:
     """Every knob of the data; `train.Config` adds the rest."""
-    seed: int = knob(0, "every random draw follows from it", least=0)
+    seed: int = knob(0, "every random draw follows from it", least=0, most=2 ** 63)
     tasks: str = knob("", "a tasks file, in place of random tasks")
     n_tasks: int = knob(16, "random tasks")
     n_distributions: int = knob(3, "regexes a random task, and one more that is held out")
@@ -375,7 +384,7 @@ def random_tasks(cfg: DataConfig) -> list[Task]:
             raise ValueError(f"{name} is {pool}, it must be from n_mappings ({cfg.n_mappings}) to "
                              f"n_tasks * n_mappings / 2 ({most}), or some word would give its task away")
     rng, regexes, taken = random.Random(f"{cfg.seed}/tasks"), [], set()
-    names = ("".join(letters) for length in (1, 2, 3) for letters in product(ascii_uppercase, repeat=length))
+    names = ("".join(letters) for n in range(1, 6) for letters in product(ascii_uppercase, repeat=n))
     inputs = dict.fromkeys(islice(names, cfg.n_inputs), 0)
     outputs = dict.fromkeys(map(str, range(cfg.n_outputs)), 0)
 
@@ -425,7 +434,8 @@ def read_tasks(path: str | Path, max_len: int = 64) -> tuple[str, list[Task]]:
 
     try:
         spec = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as e:
+        json.dumps(spec, ensure_ascii=False).encode()           # what we could not write again is no text
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{path} is not a tasks file, it is not JSON: {e}") from None
     check(isinstance(spec, dict) and isinstance(spec.get("tasks"), list), "tasks", "must be a list")
     check(spec["tasks"], "tasks", "must not be empty")
@@ -530,13 +540,14 @@ def make_dataset(cfg: DataConfig) -> Dataset:
         return list(text) if into == "characters" else re.findall(r"\w+|[^\w\s]", text)
 
     everything = dict.fromkeys(x for some in instances.values() for x in some)
-    texts, strings = {}, {}
+    texts, prompts = {}, {}
     for x in everything:
-        instruction = cut(x.instruction, cut_into)
-        texts[x] = [*instruction, SEP, *cut(x.input, "words"), ANS, *cut(x.output, "words"), EOS]
-        twin = strings.setdefault(tuple(instruction), x.instruction)
-        if twin != x.instruction:
-            raise ValueError(f"task {tasks[x.task].name}: {x.instruction!r} and {twin!r} are the same words")
+        prompt = [*cut(x.instruction, cut_into), SEP, *cut(x.input, "words"), ANS]
+        texts[x] = [*prompt, *cut(x.output, "words"), EOS]
+        twin = prompts.setdefault(tuple(prompt), x)
+        if twin[:2] != x[:2]:
+            raise ValueError(f"task {tasks[x.task].name}: {twin[:2]} and {x[:2]} are the same words, let "
+                             "them differ in more than spaces")
     vocabulary = [*SPECIALS, *sorted(set().union(*texts.values()) - set(SPECIALS))]
     width, id_of = max(map(len, texts.values())), {token: i for i, token in enumerate(vocabulary)}
     values = {name: sorted({identity(x) for x in everything}) for name, identity in IDENTITIES.items()}
@@ -571,6 +582,7 @@ class Flags(argparse.ArgumentParser):
 
 def command_line(main):
     """Run main(). Bad input becomes one line, `error: what to do`, on stderr and exit status 2."""
+    sys.stdout.reconfigure(errors="replace")
     try:
         main()
     except BrokenPipeError:         # whoever read our output, say `head`, has seen enough
@@ -579,7 +591,7 @@ def command_line(main):
         sys.exit(130)
     except (ValueError, OSError) as e:
         what = f"{e.filename}: {e.strerror}, check the path" if isinstance(e, OSError) and e.filename else e
-        print(f"error: {what}", file=sys.stderr)
+        print("error:", " ".join(str(what).split()), file=sys.stderr)
         sys.exit(2)
 
 
@@ -599,7 +611,7 @@ def main():
     for m, pattern in enumerate((*task.distributions, task.held_out)):
         regex = Regex(pattern, cfg.max_len)
         print(f"  {f'regex {m}' if m < len(task.distributions) else 'held out'}  {pattern}   "
-              f"{regex.count:,} strings, as {', '.join(regex.sample(min(3, regex.count), random.Random(0)))}")
+              f"{show(regex.count)} strings, as " + ", ".join(regex.sample(3, random.Random(0), unique=False)))
     for name, split in data.splits.items():
         print(f"\n{name}")
         for row in random.Random(f"{cfg.seed}/print").choices(range(len(split.tokens)), k=5):

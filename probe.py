@@ -34,7 +34,7 @@ def kmeans(x, k: int, n_init: int = 8, max_iter: int = 100, seed: int = 0):
     distinct points than k, the clusters left over stay empty and their centroids are nan.
     Raises ValueError for k outside 1..N and for values that are not finite.
     """
-    x = torch.as_tensor(x).float()
+    x, k = torch.as_tensor(x).float(), int(k)
     *batch, n, width = x.shape
     if not 1 <= k <= n:
         raise ValueError(f"k is {k}, it must be from 1 to the number of points, {n}")
@@ -110,7 +110,7 @@ def _lloyd(x, centroids, max_iter):
 
 def contingency(classes, clusters) -> np.ndarray:
     """n_ij (..., classes, clusters), as floats. Raises ValueError for labels that do not belong together."""
-    classes, clusters = np.asarray(classes), np.asarray(clusters)
+    classes, clusters = np.asarray(classes, dtype=np.int64), np.asarray(clusters, dtype=np.int64)
     if not classes.size or classes.shape[-1] != clusters.shape[-1] or min(classes.min(), clusters.min()) < 0:
         raise ValueError("a clustering needs two integers from 0 for each point, its class and its cluster")
     shape = classes.max() + 1, clusters.max() + 1
@@ -215,12 +215,17 @@ MEASURES = {"f1": f1, "matched_f1": matched_f1, "ari": ari}     # one more line 
 def knn(train, query, k: int) -> torch.Tensor:
     """(Q, k) indices of the k points of train (N, C) nearest to each of query (Q, C), nearest first.
 
-    The distance is Euclidean; equal ones come in order of the index. Raises ValueError for k outside 1..N.
+    The distance is Euclidean; equal ones come in order of the index. Raises ValueError for k outside 1..N and
+    for values that are not finite.
     """
     train, query = torch.as_tensor(train).float(), torch.as_tensor(query).float()
     if not 1 <= k <= len(train):
         raise ValueError(f"k is {k}, it must be from 1 to the number of points, {len(train)}")
-    mean = train.mean(0, dtype=torch.float64).float()
+    if not (train.isfinite().all() and query.isfinite().all()):
+        raise ValueError("neighbours need finite points, these hold nan or infinity")
+    # Near the origin fewer digits are lost; a mean rounded to a coarse power of two keeps exact ties exact.
+    grid = 2 ** train.std(correction=0).clamp(min=1e-30).log2().floor()
+    mean = (train.mean(0, dtype=torch.float64) / grid).round().float() * grid
     train, query = train - mean, query - mean
     norms, index, found = train.square().sum(1), torch.arange(len(train), device=train.device), []
     for some in query.split(max(1, GROUP // (4 * len(train)))):     # floats, keys, and what topk copies

@@ -36,9 +36,9 @@ CAPTURED = "subset", "val", "ood"       # the splits that are evaluated, and who
 class Config(DataConfig):
     """Every knob of a run: the data's, and these."""
     out: str = knob("runs/default", "run folder")
-    n_layer: int = knob(4, "blocks")
+    n_layer: int = knob(4, "blocks", most=1000)
     n_head: int = knob(4, "attention heads a block")
-    n_embd: int = knob(64, "width")
+    n_embd: int = knob(64, "width", most=2 ** 14)
     epochs: int = knob(20, "passes over the training instances")
     batch_size: int = knob(256, "instances a step")
     loss_on: str = knob("all", "all: every next token, a causal language model; answer: the output alone",
@@ -80,7 +80,7 @@ def make_generator(*key) -> torch.Generator:
 
 def capture_steps(total: int, n: int) -> list[int]:
     """About n steps from 0 to total: powers of two while those are denser than even steps, then these."""
-    steps = [0, 1]
+    steps, n = [0, 1], min(n, total + 1)
     while len(steps) < n // 2 and 2 * steps[-1] <= (total - steps[-1]) / (n - len(steps)):
         steps.append(2 * steps[-1])
     even = np.linspace(steps[-1], total, max(2, n - len(steps) + 1)).round()
