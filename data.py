@@ -70,7 +70,7 @@ class Regex:
     def unrank(self, i: int) -> str:
         """The i-th string, 0 <= i < count, in a fixed order. Raises ValueError for any other i."""
         if not (isinstance(i, int) and 0 <= i < self.count):
-            raise ValueError(f"{self.pattern!r:.60} has {show(self.count)} strings and none numbered {i!r:.60}")
+            raise ValueError(f"{self.pattern!r:.60} has {show(self.count)} strings, none numbered {i!r:.60}")
         state, left, string = 0, len(self._counts) - 1, ""
         while not (self._accept[state] and i == 0):
             i -= self._accept[state]    # the string that ends here came first
@@ -610,8 +610,9 @@ def main():
     print(f"\ntask {task.name} maps " + ", ".join(f"{i} to {o}" for i, o in task.map.items()))
     for m, pattern in enumerate((*task.distributions, task.held_out)):
         regex = Regex(pattern, cfg.max_len)
+        some = ", ".join(regex.sample(3, random.Random(0), unique=False))
         print(f"  {f'regex {m}' if m < len(task.distributions) else 'held out'}  {pattern}   "
-              f"{show(regex.count)} strings, as " + ", ".join(regex.sample(3, random.Random(0), unique=False)))
+              f"{show(regex.count)} strings, as {some}")
     for name, split in data.splits.items():
         print(f"\n{name}")
         for row in random.Random(f"{cfg.seed}/print").choices(range(len(split.tokens)), k=5):
