@@ -12,7 +12,6 @@ Our choices, since the paper gives no regexes and no sizes: `random_pattern` and
 import argparse
 import dataclasses
 import json
-import math
 import os
 import random
 import re

@@ -41,7 +41,7 @@ def dataset():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return train.train(train.Config(**TINY, out=str(tmp_path_factory.mktemp("runs") / "tiny")))
+    return train.train(train.Config(**TINY, out=str(tmp_path_factory.mktemp("runs") / "tiny") + "/"))
 
 
 def exit_status(module, *argv):

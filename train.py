@@ -12,7 +12,6 @@ that AdamW does), a rate that warms up and then falls linearly.
 import dataclasses
 import io
 import json
-import math
 import platform
 import random
 import shutil
@@ -142,7 +141,8 @@ def make_optimizers(model: GPT, cfg: Config) -> list[torch.optim.Optimizer]:
 
 def begin(cfg: Config, data: Dataset, device: torch.device):
     """Make a run folder, aside and then in one move, with all that does not change while it is trained."""
-    out, aside = Path(cfg.out), Path(f"{cfg.out}.tmp")
+    out = Path(cfg.out)
+    aside = out.with_name(out.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
     (aside / "states").mkdir(parents=True)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
@@ -164,7 +164,10 @@ def restore(out: Path, model: GPT, optimizers: list[torch.optim.Optimizer]) -> l
     for optimizer, state in zip(optimizers, saved["optimizers"]):
         optimizer.load_state_dict(state)
     rows = map(json.loads, (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    return [row for row in rows if row["step"] <= saved["step"]]
+    rows = [row for row in rows if row["step"] <= saved["step"]]
+    if not rows or rows[-1]["step"] != saved["step"]:
+        raise ValueError(f"{out}/metrics.jsonl ends before the checkpoint: begin another --out")
+    return rows
 
 
 def record(out: Path, rows: list[dict], model: GPT, optimizers: list[torch.optim.Optimizer]):
