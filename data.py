@@ -54,14 +54,14 @@ class Regex:
         self._edges, self._accept = _determinise(pattern, *_thompson(pattern))
         # counts[r][q]: strings of at most r characters that lead from state q to acceptance; the last row is
         # the first beyond which no string is longer
-        self._counts, work = [[int(a) for a in self._accept]], 0
+        self._counts, work, n_edges = [[int(a) for a in self._accept]], 0, sum(map(len, self._edges))
         for r in range(max_len):
             row = [a + sum(len(chars) * self._counts[r][q] for chars, q in edges)
                    for a, edges in zip(self._accept, self._edges)]
             if row == self._counts[r]:
                 break
             self._counts.append(row)
-            work += sum(map(len, self._edges)) * (1 + max(row).bit_length() // 1000)
+            work += n_edges * (1 + max(row).bit_length() // 1000)
             if work > MAX_WORK:
                 raise ValueError(f"{pattern!r:.60} is too large to count: lower max_len, it is {max_len}")
         self.count = self._counts[-1][0]
@@ -360,14 +360,16 @@ class Task(NamedTuple):
     held_out: str
 
 
+PAIRS = ["".join(letters) for letters in product(ascii_lowercase, repeat=2)]
+
+
 def random_pattern(rng: random.Random) -> str:
     """Five parts in random order: two literals, two times two letters of a class of four, one of three words.
 
     768 strings, all of 10 letters: the length gives nothing away.
     """
-    words = ["".join(letters) for letters in product(ascii_lowercase, repeat=2)]
     classes = ["[" + "".join(sorted(rng.sample(ascii_lowercase, 4))) + "]{2}" for _ in range(2)]
-    parts = [*rng.sample(words, 2), *classes, "(" + "|".join(rng.sample(words, 3)) + ")"]
+    parts = [*rng.sample(PAIRS, 2), *classes, "(" + "|".join(rng.sample(PAIRS, 3)) + ")"]
     return "".join(rng.sample(parts, len(parts)))
 
 

@@ -110,9 +110,11 @@ def _lloyd(x, centroids, max_iter):
 
 def contingency(classes, clusters) -> np.ndarray:
     """n_ij (..., classes, clusters), as floats. Raises ValueError for labels that do not belong together."""
-    classes, clusters = np.asarray(classes, dtype=np.int64), np.asarray(clusters, dtype=np.int64)
-    if not classes.size or classes.shape[-1] != clusters.shape[-1] or min(classes.min(), clusters.min()) < 0:
+    classes, clusters = np.asarray(classes), np.asarray(clusters)
+    if not classes.size or classes.shape[-1] != clusters.shape[-1] or min(classes.min(), clusters.min()) < 0 \
+            or classes.dtype.kind not in "biu" or clusters.dtype.kind not in "biu":
         raise ValueError("a clustering needs two integers from 0 for each point, its class and its cluster")
+    classes, clusters = classes.astype(np.int64), clusters.astype(np.int64)     # small types would overflow
     shape = classes.max() + 1, clusters.max() + 1
     flat = classes * shape[1] + clusters
     batch = flat.shape[:-1]
@@ -264,9 +266,10 @@ def load(run: str | Path, steps: list[int], split: str, position: str) -> torch.
     return torch.from_numpy(np.stack([arrays[f"{split}/{position}"] for arrays in files]))
 
 
-def rows_of(score, labels: np.ndarray, rng: np.random.Generator, steps: list[int], **where) -> list[dict]:
+def rows_of(score, labels: np.ndarray, seed: int, steps: list[int], **where) -> list[dict]:
     """Rows of probe.jsonl: score(labels), an array (S, L + 1), beside the same for permuted labels."""
-    values, null = score(labels), np.stack([score(rng.permutation(labels)) for _ in range(N_NULL)])
+    orders = (torch.randperm(len(labels), generator=make_generator(seed, "null", i)) for i in range(N_NULL))
+    values, null = score(labels), np.stack([score(labels[order]) for order in orders])
     mean, high = null.mean(0), np.quantile(null, 0.95, 0)
     return [{"step": steps[s], "layer": layer, **where, "value": float(value),
              "null_mean": float(mean[s, layer]), "null_95": float(high[s, layer])}
@@ -281,25 +284,25 @@ def probe(run: str | Path) -> list[dict]:
     """
     seed, rows, (steps, labels) = read_config(run).seed, [], captured(run)
     for position, of_split in labels.items():
-        known = load(run, steps, "subset", position)
         for split in CAPTURED:
             states, where = load(run, steps, split, position), {"position": position, "split": split}
-            rng = np.random.default_rng([seed, len(rows)])
             for identity, ids in of_split[split].items():
                 if sys.stderr.isatty():
                     print(f"\r\x1b[Kprobing {position}, {split}, {identity} ...", end="\r", file=sys.stderr)
                 names, classes = np.unique(ids, return_inverse=True)
                 clusters = kmeans(states, len(names), seed=seed)[0].numpy()         # (S, L + 1, n)
                 for name, measure in MEASURES.items():
-                    rows += rows_of(lambda c: measure(c, clusters), classes, rng, steps, **where,
+                    rows += rows_of(lambda c: measure(c, clusters), classes, seed, steps, **where,
                                     identity=identity, measure=name)
-            if split != "subset":
+            if split == "subset":       # which comes first: the points that neighbours are sought among
+                known = states
+            else:
                 near = torch.stack([knn(a, b, min(NEIGHBOURS, len(a))) for a, b in
                                     zip(known.flatten(0, 1), states.flatten(0, 1))])
                 near = near.view(*states.shape[:3], -1).numpy()                     # (S, L + 1, n, K)
                 own = of_split[split]["task"][:, None]
                 task = of_split["subset"]["task"]
-                rows += rows_of(lambda c: (c[near] == own).mean((2, 3)), task, rng, steps, **where,
+                rows += rows_of(lambda c: (c[near] == own).mean((2, 3)), task, seed, steps, **where,
                                 identity="task", measure="knn_share")
     write(Path(run) / "probe.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     return rows

@@ -637,7 +637,7 @@ def test_measures_are_1_for_the_same_partition_and_at_chance_for_another(measure
     batch = rng.integers(0, 4, (2, 3, 50))
     one_by_one = [[measure(classes[:50], batch[i, j]) for j in range(3)] for i in range(2)]
     assert np.allclose(measure(classes[:50], batch), one_by_one)
-    for bad in ([0, 1], [0]), ([], []), ([0, -1], [0, 1]):
+    for bad in ([0, 1], [0]), ([], []), ([0, -1], [0, 1]), ([0.5, 1], [0, 1]):
         with pytest.raises(ValueError):
             measure(*bad)
 
