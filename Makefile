@@ -11,7 +11,11 @@ train: .venv/made   ## train the default run into runs/default, or go on with it
 	$(PY) train.py $(if $(wildcard runs/default),--resume)
 
 probe: .venv/made   ## cluster and score the captures of runs/default
-	$(PY) probe.py runs/default
+	$(PY) probe.py runs/default $(if $(wildcard runs/shuffled/probe.jsonl),--beside runs/shuffled)
+
+control: .venv/made  ## train and probe runs/shuffled, where strings get random tasks, to set beside the default
+	$(PY) train.py --shuffle-tasks --out runs/shuffled $(if $(wildcard runs/shuffled),--resume)
+	$(PY) probe.py runs/shuffled
 
 quick: .venv/made   ## train and probe a small run, in seconds
 	$(PY) train.py --preset quick $(if $(wildcard runs/quick),--resume)
@@ -21,7 +25,7 @@ test: .venv/made    ## run the tests
 	$(PY) -m pytest -q test_all.py
 
 clean:           ## remove .venv, caches and the runs made by this file
-	rm -rf .venv .pytest_cache .hypothesis __pycache__ runs/default runs/quick
+	rm -rf .venv .pytest_cache .hypothesis __pycache__ runs/default runs/quick runs/shuffled
 
 .venv/made: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -29,4 +33,4 @@ clean:           ## remove .venv, caches and the runs made by this file
 	touch $@
 
 .DEFAULT_GOAL := help
-.PHONY: help train probe quick test clean
+.PHONY: help train probe control quick test clean

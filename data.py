@@ -341,6 +341,7 @@ class DataConfig:
     n_val: int = knob(10, "instructions a regex in subset, in val and in ood")
     n_probed: int = knob(64, "tasks that subset, val and ood are about; any more are only trained on")
     max_len: int = knob(64, "longest instruction, in characters")
+    shuffle_tasks: bool = knob(False, "give every instruction a random task, to be memorised", least=0)
 
     def check(self):
         """Raises ValueError for a knob outside its range."""
@@ -493,13 +494,16 @@ class Split(NamedTuple):
     identities: dict[str, np.ndarray]       # name -> (N,) int64
     positions: dict[str, tuple]             # name -> rows and columns of `tokens` where a state is read
 
+    def state_of(self, position: str) -> np.ndarray:
+        """(N,): which of the states read at a position is each instance's."""
+        return np.searchsorted(self.positions[position][0], np.arange(len(self.tokens)), side="right") - 1
+
     def labels(self, position: str) -> dict[str, np.ndarray]:
         """name -> (n,) int64, a label for each state read at a position.
 
         Where a state is read for several instances, as at `instruction`, only the identities they agree on.
         """
-        rows, _ = self.positions[position]
-        state_of = np.searchsorted(rows, np.arange(len(self.tokens)), side="right") - 1     # (N,)
+        rows, state_of = self.positions[position][0], self.state_of(position)
         return {key: ids[rows] for key, ids in self.identities.items() if (ids == ids[rows][state_of]).all()}
 
 
@@ -530,11 +534,13 @@ def make_dataset(cfg: DataConfig) -> Dataset:
             except ValueError as e:
                 raise ValueError(f"task {task.name}: {e}; widen it, lower n_train or n_val, or raise max_len"
                                  ) from None
+            told = {s: rng.randrange(len(tasks)) if cfg.shuffle_tasks else t for s in strings}
             unseen, train = strings[:cfg.n_val], strings[cfg.n_val:]
             parts = {"train": train, "subset": train[:cfg.n_val], "val" if trained else "ood": unseen}
             for name, some in parts.items():
                 if name == "train" or t < cfg.n_probed:
-                    instances[name] += [Instance(s, *io, t, number) for s in some for io in task.map.items()]
+                    instances[name] += [Instance(s, *io, told[s], number)
+                                        for s in some for io in tasks[told[s]].map.items()]
             number += 1
 
     def cut(text, into):
@@ -573,8 +579,9 @@ class Flags(argparse.ArgumentParser):
     def __init__(self, config: type | None = None, **texts):
         super().__init__(allow_abbrev=False, **texts)
         for field in dataclasses.fields(config) if config else ():
-            self.add_argument("--" + field.name.replace("_", "-"), type=field.type, default=argparse.SUPPRESS,
-                              metavar=field.type.__name__.upper(),
+            takes = dict(type=field.type, metavar=field.type.__name__.upper())
+            takes = dict(action="store_true") if field.type is bool else takes
+            self.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, **takes,
                               help=f"{field.metadata['why']} (default: {field.default!r})")
 
     def error(self, message):

@@ -1,28 +1,39 @@
-"""Look into the hidden states of a run: do they form clusters, and are these the tasks?
+"""Look into the hidden states of a run: do they form clusters, are these the tasks, are they used?
 
-    python probe.py runs/default      cluster and score every capture, beside chance; writes probe.jsonl
+    python probe.py runs/default                          score every capture, beside chance, into probe.jsonl
+    python probe.py runs/default --view raw centred       also with every input's mean state taken out
+    python probe.py runs/default --beside runs/shuffled   print the last scores of a probed run for comparison
+    python probe.py runs/default --patch                  exchange states: is the answer read from them?
 
-Figures 2 and 4 of the paper. Beside every score stands its null, the same score for permuted labels; step 0
-is the untrained network, and layer 0 has not seen the instruction. The paper does not say which F1 it means:
-ours counts pairs of points. Nothing is centred or scaled before k-means, and k is the number of classes.
+Figures 2 and 4 of the paper, and controls. Beside every score stands its null, the same score for permuted
+labels; step 0 is the untrained network, layer 0 has not seen the instruction, and position `surface` is no
+network at all. The paper does not say which F1 it means: ours counts pairs of points. Nothing is centred or
+scaled unless --view says so, and k is the number of classes.
 
 N points, C width, K clusters, (...) a batch: most often captures x layers, (S, L + 1).
 """
+import functools
+import itertools
 import json
 import math
+import random
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from data import Flags, command_line, write
-from train import CAPTURED, make_generator, read_config
+from data import Dataset, Flags, Split, command_line, write
+from train import (CAPTURED, make_generator, make_model, observe, pick_device, read_arrays, read_config,
+                   read_data, read_rows, restore)
 
 # ---------------------------------------------------------------- k-means
 
-GROUP = 4_000_000       # floats of points and distances worked on at a time, about what a cache holds
+GROUP = 4_000_000       # distances worked on at a time, about what a core's cache holds
 ROUNDING = 1e-6         # squared distances below this share of the points' variance are taken for 0
+FAR = 1e18              # the coordinates of a centroid that no point is to choose
 
 
 def kmeans(x, k: int, n_init: int = 8, max_iter: int = 100, seed: int = 0):
@@ -34,73 +45,113 @@ def kmeans(x, k: int, n_init: int = 8, max_iter: int = 100, seed: int = 0):
     distinct points than k, the clusters left over stay empty and their centroids are nan.
     Raises ValueError for k outside 1..N and for values that are not finite.
     """
-    x, k = torch.as_tensor(x).float(), int(k)
+    x, k = torch.as_tensor(x), int(k)
     *batch, n, width = x.shape
     if not 1 <= k <= n:
         raise ValueError(f"k is {k}, it must be from 1 to the number of points, {n}")
-    if not x.isfinite().all():
-        raise ValueError("k-means needs finite points, these hold nan or infinity")
-    x = x.reshape(-1, n, width)
-    mean = x.mean(1, keepdim=True, dtype=torch.float64).float()     # near the origin fewer digits are lost
     draws = torch.rand(n_init, k, 2 + int(math.log(k)), generator=make_generator(seed, "kmeans")).to(x.device)
     parts = []
-    for some in (x - mean).split(max(1, GROUP // (n_init * n * (k + width)))):
-        runs = some.repeat_interleave(n_init, 0)
-        labels, centroids, inertia = _lloyd(runs, _sow(runs, draws.repeat(len(some), 1, 1)), max_iter)
-        best = inertia.view(-1, n_init).argmin(1) + n_init * torch.arange(len(some), device=x.device)
-        parts.append((labels[best], centroids[best], inertia[best]))
+    for some in x.reshape(-1, n, width).split(max(1, GROUP // (n * draws[:, 0].numel()))):
+        mean = some.mean(1, keepdim=True, dtype=torch.float64).float()  # near the origin digits last longer
+        if not mean.isfinite().all():
+            raise ValueError("k-means needs finite points, these hold nan or infinity")
+        some, problem = some.float() - mean, torch.arange(len(some), device=x.device)
+        labels, inertia = _lloyd(some, _sow(some, draws), max_iter)
+        labels = labels[problem, inertia.argmin(1)].long()                  # (P, N), of the best start
+        flat = (labels + k * problem[:, None]).flatten()
+        sums = some.new_zeros(len(some) * k, width).index_add_(0, flat, some.flatten(0, 1))
+        centroids = (sums / torch.bincount(flat, minlength=len(sums))[:, None]).view(-1, k, width)
+        own = centroids.gather(1, labels[..., None].expand_as(some))
+        parts.append((labels, centroids + mean, (some - own).square().sum((1, 2))))
     labels, centroids, inertia = map(torch.cat, zip(*parts))
-    return labels.view(*batch, n), (centroids + mean).view(*batch, k, width), inertia.view(batch)
+    return labels.view(*batch, n), centroids.view(*batch, k, width), inertia.view(batch)
+
+
+def _lift(x):
+    """x (P, N, C) -> [x, |x|^2, 1] (P, N, C + 2), the form in which a distance is one product."""
+    return torch.cat([x, x.square().sum(-1, keepdim=True), torch.ones_like(x[..., :1])], -1)
+
+
+def _squared(centroids, lifted, room):
+    """Squared distances (P, M, N) from centroids (P, M, C), -2 c x + |x|^2 + |c|^2.
+
+    They are written into `room`, a flat array: to have fresh memory each time takes as long as the product.
+    """
+    (P, M, _), N = centroids.shape, lifted.shape[1]
+    sizes = centroids.square().sum(-1, keepdim=True)
+    left = torch.cat([-2 * centroids, torch.ones_like(sizes), sizes], -1)
+    return torch.bmm(left, lifted.mT, out=room[:P * M * N].view(P, M, N))
 
 
 def _sow(x, draws):
-    """Greedy k-means++: R runs (R, N, C) and uniform draws (R, k, trials) -> the first centroids (R, k, C).
+    """Greedy k-means++: P problems (P, N, C) and uniform draws (I, k, trials) -> I starts each (P, I, k, C).
 
     Each centroid is one of `trials` points, drawn by their squared distance to the centroids so far: the one
-    that lowers the sum of these distances the most. It is nan if every point is a centroid already.
+    that lowers the sum of these distances the most. It is FAR if every point is a centroid already.
     """
-    norms, run = x.square().sum(-1), torch.arange(len(x), device=x.device)
-    closest = torch.full_like(norms, math.inf)                              # (R, N)
-    centroids = x.new_empty(len(x), draws.shape[1], x.shape[2])
-    for j in range(draws.shape[1]):
-        up_to = (closest if j else torch.ones_like(closest)).cumsum(1)
-        drawn = torch.searchsorted(up_to, draws[:, j] * up_to[:, -1:]).clamp(max=x.shape[1] - 1)
-        points = x[run[:, None], drawn]                                     # (R, trials, C)
-        distances = torch.baddbmm(norms[:, None], points, x.transpose(1, 2), alpha=-2)
-        distances += norms.gather(1, drawn)[..., None]                      # (R, trials, N)
-        distances = distances.clamp_(min=0).minimum(closest[:, None])
-        best = distances.sum(2).argmin(1)
-        apart = closest.amax(1) > ROUNDING * norms.mean(1)
-        centroids[:, j] = torch.where(apart[:, None], points[run, best], math.nan)
-        closest = distances[run, best]
+    (P, N, C), (I, k, trials), lifted = x.shape, draws.shape, _lift(x)
+    p, i = torch.arange(P, device=x.device)[:, None], torch.arange(I, device=x.device)
+    little = ROUNDING * lifted[..., C].mean(1, keepdim=True)
+    closest = torch.full((P, I, N), math.inf, device=x.device)
+    centroids, room = x.new_empty(P, I, k, C), x.new_empty(P * I * trials * N)
+    for j in range(k):
+        up_to = (closest if j else torch.ones_like(closest)).cumsum(2)
+        drawn = torch.searchsorted(up_to, draws[:, j] * up_to[..., -1:]).clamp(max=N - 1)   # (P, I, trials)
+        points = x[p, drawn.flatten(1)]
+        distances = _squared(points, lifted, room).view(P, I, trials, N)
+        torch.minimum(distances, closest[:, :, None], out=distances)
+        best = distances.sum(3).argmin(2)                                                   # (P, I)
+        chosen = points.view(P, I, trials, C)[p, i, best]
+        centroids[:, :, j] = torch.where((closest.amax(2) > little)[..., None], chosen, FAR)
+        closest = distances[p, i, best].clamp_(min=0)
     return centroids
 
 
 def _lloyd(x, centroids, max_iter):
-    """R runs (R, N, C) from (R, k, C) -> labels, centroids, inertia. A run that has converged drops out."""
-    k, norms = centroids.shape[1], x.square().sum(-1)
-    labels = torch.full(x.shape[:2], -1, device=x.device)
-    run, points, c = torch.arange(len(x), device=x.device), x, centroids    # those that still move
-    for _ in range(max_iter):
-        sizes = c.square().sum(-1).nan_to_num(math.inf)[:, None]            # nan is infinitely far
-        nearest, new = torch.baddbmm(sizes, points, c.nan_to_num(0).transpose(1, 2), alpha=-2).min(-1)
-        moving = (new != labels[run]).any(1)
-        labels[run] = new
-        flat = (new + k * torch.arange(len(run), device=x.device)[:, None]).flatten()
-        counts = torch.bincount(flat, minlength=len(run) * k).view(-1, k, 1)
-        sums = points.new_zeros(len(run) * k, x.shape[2]).index_add_(0, flat, points.flatten(0, 1))
-        c = sums.view(-1, k, x.shape[2]) / counts
-        for r in (counts == 0).any(1).flatten().nonzero().flatten().tolist():
-            empty = counts[r, :, 0] == 0
-            far = (nearest[r] + norms[run[r]]).topk(int(empty.sum()))
-            apart = far.values > ROUNDING * norms[run[r]].mean()
-            c[r, empty] = torch.where(apart[:, None], points[r, far.indices], math.nan)
-        centroids[run] = c
-        run, points, c = run[moving], points[moving], c[moving]
-        if not len(run):
+    """P problems (P, N, C), I starts each (P, I, k, C) -> labels (P, I, N) and roughly the inertia (P, I).
+
+    A problem whose starts have all converged drops out. The sums change by the points that change cluster; as
+    they are sums of lifted points, their last column is the clusters' sizes.
+    """
+    (_, N, C), (P, I, k, _), device = x.shape, centroids.shape, x.device
+    labels, inertia = torch.empty(P, I, N, dtype=torch.int32, device=device), x.new_empty(P, I)
+    problem, own, nearest = torch.arange(P, device=device), torch.zeros_like(labels), x.new_empty(P, I, N)
+    sums, room = x.new_zeros(P, I, k, C + 2), x.new_empty(max(GROUP, P * I * k))
+    number, low = torch.arange(k, dtype=torch.int32, device=device)[:, None], 2 ** (k - 1).bit_length() - 1
+    x = _lift(x)
+    for iteration in range(max_iter):
+        P, nearest = len(x), nearest[:len(x)]
+        moved = torch.zeros(P, dtype=torch.bool, device=device)
+        step = max(1, GROUP // (P * I * max(k, C // 4)))
+        for s in (slice(start, start + step) for start in range(0, N, step)):
+            # The bits of a float >= 0 order as the float does: with the cluster's number in the lowest bits,
+            # the least key tells distance and cluster, many times as fast as min with an index would.
+            keys = _squared(centroids.flatten(1, 2), x[:, s], room).clamp_(min=0).view(torch.int32)
+            keys = keys.bitwise_and_(~low).view(P, I, k, -1).bitwise_or_(number).amin(2)
+            nearest[..., s], new = (keys & ~low).view(torch.float32), keys & low
+            if iteration == 0:                          # all are new: a product is faster
+                member = x.new_zeros(P, I, k, new.shape[2]).scatter_(2, new.long()[:, :, None], 1)
+                sums += (member.flatten(1, 2) @ x[:, s]).view_as(sums)
+                moved[:] = True
+            else:
+                p, i, n = (new != own[..., s]).nonzero(as_tuple=True)
+                points, first = x[p, n + s.start], (p * I + i) * k
+                for cluster, sign in (new[p, i, n], 1), (own[p, i, n + s.start], -1):
+                    sums.view(-1, C + 2).index_add_(0, first + cluster, points, alpha=sign)
+                moved[p] = True
+            own[..., s] = new
+        centroids = sums[..., :C] / sums[..., -1:]
+        for p, i in (sums[..., -1] == 0).any(2).nonzero().tolist():
+            empty = sums[p, i, :, -1] == 0
+            far = nearest[p, i].topk(int(empty.sum()))
+            apart = far.values > ROUNDING * x[p, :, C].mean()
+            centroids[p, i, empty] = torch.where(apart[:, None], x[p, far.indices, :C], FAR)
+        labels[problem], inertia[problem] = own, nearest.sum(2)
+        if not moved.all():
+            problem, x, centroids, own, sums = (a[moved] for a in (problem, x, centroids, own, sums))
+        if not len(x):
             break
-    own = centroids.gather(1, labels[..., None].expand_as(x))
-    return labels, centroids, (x - own).square().sum((1, 2))
+    return labels, inertia
 
 
 # ---------------------------------------------------------------- scores of a clustering
@@ -128,6 +179,11 @@ def pairs(x):
     return x * (x - 1) / 2
 
 
+def ratio(x, y):
+    """x / y, and 1 where y is 0: where there is nothing to tell apart, all is as it should be."""
+    return np.where(y > 1e-12, x / np.where(y > 1e-12, y, 1), 1.0)[()]
+
+
 def f1(classes, clusters):
     """Pairwise F1: how well "in one cluster" tells "of one class", over all pairs of points; 0 to 1.
 
@@ -136,8 +192,7 @@ def f1(classes, clusters):
     Schuetze 2008, chapter 16.)
     """
     n = contingency(classes, clusters)
-    both = pairs(n.sum(-1)).sum(-1) + pairs(n.sum(-2)).sum(-1)
-    return np.where(both > 0, 2 * pairs(n).sum((-1, -2)) / np.maximum(both, 1), 1.0)[()]
+    return ratio(2 * pairs(n).sum((-1, -2)), pairs(n.sum(-1)).sum(-1) + pairs(n.sum(-2)).sum(-1))
 
 
 def matched_f1(classes, clusters):
@@ -204,14 +259,120 @@ def ari(classes, clusters):
     n = contingency(classes, clusters)
     a, b = pairs(n.sum(-1)).sum(-1), pairs(n.sum(-2)).sum(-1)
     expected = a * b / np.maximum(pairs(n.sum((-1, -2))), 1)
-    most = (a + b) / 2 - expected
-    return np.where(most > 0, (pairs(n).sum((-1, -2)) - expected) / np.where(most > 0, most, 1), 1.0)[()]
+    return ratio(pairs(n).sum((-1, -2)) - expected, (a + b) / 2 - expected)
 
 
-MEASURES = {"f1": f1, "matched_f1": matched_f1, "ari": ari}     # one more line adds a measure to every row
+def information(n):
+    """Entropies of classes and of clusters, and what they share, their mutual information; in nats."""
+    def entropy(counts):
+        p = counts / counts.sum(-1, keepdims=True)
+        return -(p * np.log(np.where(p > 0, p, 1))).sum(-1)
+
+    of_classes, of_clusters = entropy(n.sum(-1)), entropy(n.sum(-2))
+    return of_classes, of_clusters, of_classes + of_clusters - entropy(n.reshape(*n.shape[:-2], -1))
 
 
-# ---------------------------------------------------------------- nearest neighbours
+def nmi(classes, clusters):
+    """Mutual information over the mean of the two entropies; 0 to 1, 1 if both partitions are one cluster.
+
+    Chance is above 0, and the more so the fewer points a cluster has. (Strehl & Ghosh 2002; with this mean it
+    is the V-measure, Rosenberg & Hirschberg 2007.)
+    """
+    a, b, shared = information(contingency(classes, clusters))
+    return ratio(2 * shared, a + b)
+
+
+def ami(classes, clusters):
+    """Adjusted mutual information: 1 for the same partition, 0 at chance, negative below it.
+
+    (I - E) / ((A + B) / 2 - E), where I is the mutual information, A and B the entropies, and E what I is on
+    average over all clusterings of the same sizes; 1 if both partitions are one cluster, or single points.
+    (Vinh, Epps & Bailey 2010.)
+    """
+    n = contingency(classes, clusters)
+    a, b, shared = information(n)
+    sizes = (np.sort(n.sum(axis).astype(int)).reshape(shared.size, -1).tolist() for axis in (-1, -2))
+    expected = [expected_information(tuple(i), tuple(j)) for i, j in zip(*sizes)]
+    expected = np.array(expected).reshape(shared.shape)
+    return ratio(shared - expected, (a + b) / 2 - expected)
+
+
+@functools.lru_cache(maxsize=1024)          # permuted labels ask for the same sizes again
+def expected_information(a: tuple, b: tuple) -> float:
+    """Mutual information, on average, of random partitions into sizes a and b: n_ij is hypergeometric."""
+    total, value = sum(a), 0.0
+    log_factorial = np.concatenate([[0], np.log(np.arange(1, total + 1)).cumsum()])
+    for (x, many), (y, times) in itertools.product(*(Counter(size).items() for size in (a, b))):
+        n = np.arange(max(1, x + y - total), min(x, y) + 1)
+        log_p = (log_factorial[[x, y, total - x, total - y]].sum() - log_factorial[total] - log_factorial[n]
+                 - log_factorial[x - n] - log_factorial[y - n] - log_factorial[total - x - y + n])
+        value += many * times * (n / total * np.log(total * n / max(1, x * y)) * np.exp(log_p)).sum()
+    return value
+
+
+def bcubed_f1(classes, clusters):
+    """The harmonic mean of precision and recall of a point, averaged over the points; above 0, to 1.
+
+    A point's precision is the share of its cluster, itself included, that is of its class; its recall the
+    share of its class that is in its cluster. Chance: somewhat over 1 / K, more if clusters are small. (Bagga
+    & Baldwin 1998; Amigo et al. 2009.)
+    """
+    n = contingency(classes, clusters)
+    precision, recall = (
+        (n ** 2 / np.maximum(n.sum(axis, keepdims=True), 1)).sum((-1, -2)) for axis in (-2, -1))
+    return 2 * precision * recall / (precision + recall) / n.sum((-1, -2))
+
+
+def purity(classes, clusters):
+    """The share of points that are of the most frequent class of their cluster; above 0, to 1.
+
+    Chance: over 1 / K. Blind to classes that are split: single points have purity 1. (Manning et al. 2008.)
+    """
+    n = contingency(classes, clusters)
+    return n.max(-2).sum(-1) / n.sum((-1, -2))
+
+
+MEASURES = {        # one more line adds a measure to every row
+    "f1": f1, "matched_f1": matched_f1, "ari": ari, "nmi": nmi, "ami": ami, "bcubed_f1": bcubed_f1,
+    "purity": purity}
+
+
+# ---------------------------------------------------------------- scores without a clustering
+
+
+def means(x: torch.Tensor, classes) -> torch.Tensor:
+    """x (..., N, C), classes (N,) from 0 -> the mean of each class (..., K, C), nan if it has no points."""
+    member = F.one_hot(torch.as_tensor(classes, device=x.device)).to(x.dtype)
+    return member.T @ x / member.sum(0)[:, None]
+
+
+def nc1(x: torch.Tensor, classes) -> np.ndarray:
+    """Within-class over between-class scatter, trace(S_W S_B^+) / K: x (..., N, C), classes (N,) -> (...).
+
+    From 0, where each class has collapsed into one point; at chance, large. nan where all means are one.
+    S_W is the mean square of a point about its class, S_B of a class about their mean. (Papyan, Han & Donoho
+    2020.)
+    """
+    x, classes = x.double(), np.unique(classes, return_inverse=True)[1]
+    x = x - x.mean(-2, keepdim=True)
+    between, share = means(x, classes), np.bincount(classes) / len(classes)
+    within = x.mT @ x / len(classes) - between.mT * torch.from_numpy(share) @ between
+    between = between - between.mean(-2, keepdim=True)          # M: S_B = M^T M / K, and the two K cancel
+    inverse = torch.linalg.pinv(between @ between.mT, rtol=1e-10, hermitian=True)
+    value = (inverse @ between @ within @ between.mT @ inverse).diagonal(dim1=-2, dim2=-1).sum(-1)
+    apart = between.square().sum((-1, -2)) > 1e-12 * x.square().sum((-1, -2))
+    return torch.where(apart, value, math.nan).numpy()
+
+
+def merge_ratio(distances: torch.Tensor, tasks) -> np.ndarray:
+    """Mean distance between centroids of regexes of one task over that of regexes of different tasks.
+
+    distances (..., D, D) between the centroids, tasks (D,) -> (...). 1 at chance, 0 where a task's regexes
+    have merged; nan where no task has two, no two are of different tasks, or all centroids are one.
+    """
+    tasks = torch.as_tensor(tasks)
+    same, off = tasks[:, None] == tasks, ~torch.eye(len(tasks), dtype=torch.bool)
+    return (distances[..., same & off].mean(-1) / distances[..., ~same].mean(-1)).numpy()
 
 
 def knn(train, query, k: int) -> torch.Tensor:
@@ -225,23 +386,40 @@ def knn(train, query, k: int) -> torch.Tensor:
         raise ValueError(f"k is {k}, it must be from 1 to the number of points, {len(train)}")
     if not (train.isfinite().all() and query.isfinite().all()):
         raise ValueError("neighbours need finite points, these hold nan or infinity")
-    # Near the origin fewer digits are lost; a mean rounded to a coarse power of two keeps exact ties exact.
+    # Near the origin digits last longer; a mean rounded to a coarse power of two keeps exact ties exact.
     grid = 2 ** train.std(correction=0).clamp(min=1e-30).log2().floor()
     mean = (train.mean(0, dtype=torch.float64) / grid).round().float() * grid
     train, query = train - mean, query - mean
-    norms, index, found = train.square().sum(1), torch.arange(len(train), device=train.device), []
-    for some in query.split(max(1, GROUP // (4 * len(train)))):     # floats, keys, and what topk copies
-        squared = torch.addmm(norms, some, train.T, alpha=-2) + some.square().sum(1, keepdim=True)
-        # The bits of a float >= 0 order as the float does; the index in the bits below them settles ties.
-        keys = squared.clamp(min=0).abs().view(torch.int32).long() << 32 | index
-        found.append(keys.topk(k, largest=False).values & 0xFFFFFFFF)
-    return torch.cat(found)
+    norms, index = train.square().sum(1), torch.arange(len(train), device=train.device)
+    found = index.new_empty(len(query), k)
+    step = max(32, GROUP // (8 * len(train)))
+    squared, keys = train.new_empty(step, len(train)), index.new_empty(step, len(train))
+    for some, into in zip(query.split(step), found.split(step)):
+        near, key = squared[:len(some)], keys[:len(some)]
+        torch.addmm(norms, some, train.T, alpha=-2, out=near).add_(some.square().sum(1, keepdim=True))
+        # the bits of the distance order as it does, and the index below them settles ties
+        key.copy_(near.clamp_(min=0).abs_().view(torch.int32)).bitwise_left_shift_(32).bitwise_or_(index)
+        into.copy_(key.topk(k, largest=False).values & 0xFFFFFFFF)
+    return found
+
+
+def vote(labels: np.ndarray) -> np.ndarray:
+    """The majority of labels (..., K), those of the nearest first -> (...); of a tie the nearest counts."""
+    votes = sum(labels == labels[..., k:k + 1] for k in range(labels.shape[-1]))
+    return np.take_along_axis(labels, votes.argmax(-1)[..., None], -1)[..., 0]
 
 
 # ---------------------------------------------------------------- the probe of a run
 
 N_NULL = 20             # permutations of the labels behind every null
 NEIGHBOURS = 10         # states of subset that each state of val and ood is compared with
+LOWER = "nc1", "merge_ratio"    # the less, the more clustered: these pass their null_95 from above
+
+VIEWS = {       # what is done to the states (..., n, C) of a split, whose identities are `ids`, at first
+    "raw": lambda x, ids: x,
+    "centred": lambda x, ids: x - means(x, ids["input"])[..., ids["input"], :],
+    "standardised": lambda x, ids: (x - x.mean(-2, keepdim=True)) / x.std(-2, keepdim=True).clamp(min=1e-6),
+}
 
 
 def captured(run: str | Path) -> tuple[list[int], dict]:
@@ -253,94 +431,282 @@ def captured(run: str | Path) -> tuple[list[int], dict]:
     steps = sorted(int(path.stem) for path in folder.glob("[0-9]*.npz"))
     if not steps:
         raise ValueError(f"{run} has no captures: train it first")
-    with np.load(folder / "labels.npz") as arrays:
-        for name in arrays:
-            split, position, identity = name.split("/")
-            labels.setdefault(position, {}).setdefault(split, {})[identity] = arrays[name]
+    for name, ids in read_arrays(folder / "labels.npz").items():
+        split, position, identity = name.split("/")
+        labels.setdefault(position, {}).setdefault(split, {})[identity] = ids
     return steps, labels
 
 
-def load(run: str | Path, steps: list[int], split: str, position: str) -> torch.Tensor:
-    """The states (S, L + 1, n, C) of a split at a position, float16."""
-    files = (np.load(Path(run) / "states" / f"{step:06d}.npz") for step in steps)
-    return torch.from_numpy(np.stack([arrays[f"{split}/{position}"] for arrays in files]))
+def load(run: str | Path, steps: list[int], split: str, position: str, n: int) -> torch.Tensor:
+    """The states (S, L + 1, n, C) of a split at a position, float16. Raises ValueError for a damaged file."""
+    name, states = f"{split}/{position}", []
+    for step in steps:
+        path = Path(run) / "states" / f"{step:06d}.npz"
+        states.append(read_arrays(path, name)[name])
+        if states[-1].shape[1:2] != (n,) or states[-1].shape != states[0].shape:
+            raise ValueError(f"{path} and {run}/states/labels.npz do not fit together: train the run again")
+        if not np.isfinite(states[-1]).all():
+            raise ValueError(f"{path} holds nan or infinity: train again with a lower lr")
+    return torch.from_numpy(np.stack(states))
+
+
+def surface(data: Dataset, ids: dict) -> dict[str, torch.Tensor]:
+    """No network at all: split -> (1, 1, n, F), how often each token and bigram is in an instruction.
+
+    Raises ValueError if ids, the identities of each split, are not those of the data.
+    """
+    bags = {}
+    for name in CAPTURED:
+        split = data.splits[name]
+        if not np.array_equal(split.labels("instruction")["task"], ids[name]["task"]):
+            raise ValueError("labels.npz does not fit the run's tasks.json and config.json: train it again")
+        texts = (split.tokens[row, :column].tolist() for row, column in zip(*split.positions["instruction"]))
+        bags[name] = [Counter([*text, *zip(text, text[1:])]) for text in texts]
+    grams = {gram: None for some in bags.values() for bag in some for gram in bag}
+    return {name: torch.tensor([[bag[gram] for gram in grams] for bag in some], dtype=torch.float)[None, None]
+            for name, some in bags.items()}
+
+
+def scores(states: torch.Tensor, ids: dict[str, np.ndarray], known=None, seed: int = 0):
+    """Yield (identity, measure, labels, score) for states (S, L + 1, n, C); score(labels) is (S, L + 1).
+
+    `known`, if given, is states and identities to find neighbours among. k-means is fitted to these states:
+    the question is whether there are clusters, not whether those of others are found again.
+    """
+    for identity, classes in ids.items():
+        classes = np.unique(classes, return_inverse=True)[1]
+        clusters = kmeans(states, classes.max() + 1, seed=seed)[0].numpy()          # (S, L + 1, n)
+        for name, measure in MEASURES.items():
+            yield identity, name, classes, lambda c: measure(c, clusters)
+    task, regex = ids["task"], ids["task"] * (1 + ids["distribution"].max()) + ids["distribution"]
+    yield "task", "nc1", task, lambda c: nc1(states, c)
+    _, one, regex = np.unique(regex, return_index=True, return_inverse=True)
+    centroids = means(states.float(), regex)
+    distances = torch.cdist(centroids, centroids, compute_mode="donot_use_mm_for_euclid_dist")
+    yield "task", "merge_ratio", task[one], lambda c: merge_ratio(distances, c)
+    if known:
+        others, of_others = known
+        near = torch.stack([knn(a, b, min(NEIGHBOURS, len(a))) for a, b in
+                            zip(others.flatten(0, 1), states.flatten(0, 1))])
+        near = near.view(*states.shape[:3], -1).numpy()                             # (S, L + 1, n, K)
+        yield "task", "knn_share", of_others["task"], lambda c: (c[near] == task[:, None]).mean((2, 3))
+        for identity in (key for key in ids if key in ("task", "output")):
+            yield identity, f"knn_{identity}", of_others[identity], lambda c: (
+                vote(c[near]) == ids[identity]).mean(2)
 
 
 def rows_of(score, labels: np.ndarray, seed: int, steps: list[int], **where) -> list[dict]:
     """Rows of probe.jsonl: score(labels), an array (S, L + 1), beside the same for permuted labels."""
     orders = (torch.randperm(len(labels), generator=make_generator(seed, "null", i)) for i in range(N_NULL))
     values, null = score(labels), np.stack([score(labels[order]) for order in orders])
-    mean, high = null.mean(0), np.quantile(null, 0.95, 0)
-    return [{"step": steps[s], "layer": layer, **where, "value": float(value),
-             "null_mean": float(mean[s, layer]), "null_95": float(high[s, layer])}
-            for (s, layer), value in np.ndenumerate(values)]
+    high = np.quantile(null, 0.05 if where["measure"] in LOWER else 0.95, 0)
+    columns = {"value": values, "null_mean": null.mean(0), "null_95": high}
+    return [{"step": steps[s], "layer": layer, **where,
+             **{name: None if math.isnan(x[s, layer]) else float(x[s, layer]) for name, x in columns.items()}}
+            for s, layer in np.ndindex(values.shape)]
 
 
-def probe(run: str | Path) -> list[dict]:
-    """Cluster and score every capture of a run, at every layer, position and split, by every identity.
+def probe(run: str | Path, views=("raw",)) -> list[dict]:
+    """Score every capture of a run, at every layer, position and split, by every identity.
 
-    Writes and returns the rows of probe.jsonl: step, layer, position, split, identity, measure, value,
-    null_mean and null_95. k-means is fitted anew on each split: the question is whether there are clusters.
+    Writes and returns the rows of probe.jsonl: step, layer, position, split, identity, measure, view, value,
+    null_mean and null_95; a number that is not defined is None. Position `surface` is no network's: counts of
+    the instruction's tokens and bigrams, step 0. View `centred` is only for states that have seen an input.
     """
     seed, rows, (steps, labels) = read_config(run).seed, [], captured(run)
-    for position, of_split in labels.items():
-        for split in CAPTURED:
-            states, where = load(run, steps, split, position), {"position": position, "split": split}
-            for identity, ids in of_split[split].items():
-                if sys.stderr.isatty():
-                    print(f"\r\x1b[Kprobing {position}, {split}, {identity} ...", end="\r", file=sys.stderr)
-                names, classes = np.unique(ids, return_inverse=True)
-                clusters = kmeans(states, len(names), seed=seed)[0].numpy()         # (S, L + 1, n)
-                for name, measure in MEASURES.items():
-                    rows += rows_of(lambda c: measure(c, clusters), classes, seed, steps, **where,
-                                    identity=identity, measure=name)
-            if split == "subset":       # which comes first: the points that neighbours are sought among
-                known = states
-            else:
-                near = torch.stack([knn(a, b, min(NEIGHBOURS, len(a))) for a, b in
-                                    zip(known.flatten(0, 1), states.flatten(0, 1))])
-                near = near.view(*states.shape[:3], -1).numpy()                     # (S, L + 1, n, K)
-                own = of_split[split]["task"][:, None]
-                task = of_split["subset"]["task"]
-                rows += rows_of(lambda c: (c[near] == own).mean((2, 3)), task, seed, steps, **where,
-                                identity="task", measure="knn_share")
+    bags = surface(read_data(run), labels["instruction"])
+    every = [*labels.items(), ("surface", labels["instruction"])]
+    parts = [part for part in itertools.product(dict.fromkeys(views), every, CAPTURED)
+             if part[0] != "centred" or "input" in part[1][1]["subset"]]
+    for done, (view, (position, of_split), split) in enumerate(parts):
+        if sys.stderr.isatty():
+            print(f"\r\x1b[K{done} of {len(parts)}: {view} {position} {split}", end="\r", file=sys.stderr)
+        ids, at = of_split[split], [0] if position == "surface" else steps
+        states = bags[split] if position == "surface" else load(run, steps, split, position, len(ids["task"]))
+        if view != "raw":
+            states = VIEWS[view](states.float(), ids)
+        if split == "subset":           # which comes first: the points that neighbours are sought among
+            known = states, ids
+        for identity, measure, of, score in scores(states, ids, None if split == "subset" else known, seed):
+            rows += rows_of(score, of, seed, at, position=position, split=split, identity=identity,
+                            measure=measure, view=view)
+    if sys.stderr.isatty():
+        print("\x1b[K", end="", file=sys.stderr)
     write(Path(run) / "probe.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
 
-def print_report(run: str | Path, rows: list[dict]):
-    """Print what the rows say of val: task clusters by step and layer, then all identities at the end."""
-    value = {tuple(row[key] for key in ("position", "identity", "measure", "step", "layer")): row
-             for row in rows if row["split"] == "val"}
-    steps, layers = sorted({key[3] for key in value}), sorted({key[4] for key in value})
-    metrics = map(json.loads, (Path(run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    accuracy = {row["step"]: row["acc_val"] for row in metrics}
+def onset(steps: list[int], holds: list[bool]) -> int | None:
+    """The first step from which on it holds, for good; None if it does not hold at the last."""
+    since = None
+    for step, yes in zip(steps, holds):
+        since = None if not yes else step if since is None else since
+    return since
 
-    def line(head, *key, column="value"):
-        scores = [value[(*key, layer)][column] for layer in layers]
-        print(f"{head:25}" + "".join(f"{x:7.2f}{' ░▒▓█'[min(4, int(5 * max(0, x)))]}" for x in scores))
 
-    for position in dict.fromkeys(key[0] for key in value):
-        print(f"\nDo states at `{position}` cluster by task? Pairwise F1 on unseen instructions (val)\n"
-              "    step   val accuracy  layer" + "".join(f"{layer:2}      " for layer in layers))
+def print_report(run: str | Path, rows: list[dict], beside: list[dict] = ()):
+    """Print what the rows of one view say of val, and the last scores of task in another run, if given."""
+    def val(some):
+        return {tuple(row[key] for key in ("position", "identity", "measure", "step", "layer")): row
+                for row in some if row["split"] == "val"}
+
+    def line(head, *key, of, column="value"):
+        cells = [of[*key, layer][column] for layer in layers if (*key, layer) in of]
+        shades = " " * 5 if key[2] in LOWER else " ░▒▓█"
+        if cells:
+            print(f"{head:30}" + "".join(f"{'-':>7} " if x is None else
+                                         f"{x:7.2f}{shades[max(0, min(4, int(5 * x)))]}" for x in cells))
+
+    here, there = val(rows), val(beside)
+    steps, layers = (sorted({row[key] for row in rows}) for key in ("step", "layer"))
+    accuracy = {row["step"]: row["acc_val"] for row in read_rows(Path(run) / "metrics.jsonl")}
+    scored = list(dict.fromkeys(key[:3] for key in here))
+    numbers = "layer" + "".join(f"{layer:2}      " for layer in layers)
+    for key in (key for key in scored if key[1:] == ("task", "f1") and key[0] != "surface"):
+        print(f"\nDo states at `{key[0]}` cluster by task? Pairwise F1, unseen instructions (val), view "
+              f"{rows[0]['view']}\n    step   val accuracy       {numbers}")
         for step in steps:
-            line(f"{step:8}{accuracy.get(step, math.nan):12.3f}", position, "task", "f1", step)
-        line("    null: labels permuted", position, "task", "f1", steps[-1], column="null_mean")
-    print(f"\nBy what else, at step {steps[-1]}? NN: of the {NEIGHBOURS} nearest, the share of the same task")
-    for position, identity, measure in dict.fromkeys(key[:3] for key in value):
-        if measure in ("f1", "knn_share"):
-            head = f"{position:11} {identity}{', NN' if measure == 'knn_share' else ''}"
-            line(head, position, identity, measure, steps[-1])
+            line(f"{step:8}{accuracy.get(step, math.nan):12.3f}", *key, step, of=here)
+        line("  null: labels permuted, 95 %", *key, steps[-1], of=here, column="null_95")
+        if key[0] == "instruction":
+            line("  surface: counts, no network", "surface", *key[1:], 0, of=here)
+        line("  the run beside, at its end", *key, max((key[3] for key in there), default=0), of=there)
+
+    print(f"\nThe other scores, val, step {steps[-1]}  {numbers}")
+    for position, identity, measure in scored:
+        if measure == "f1" or measure.startswith("knn") or (position, identity) == ("instruction", "task"):
+            at = 0 if position == "surface" else steps[-1]
+            line(f"{position} {identity} {measure}", position, identity, measure, at, of=here)
+
+    first = (next((step for step, x in accuracy.items() if x > level), "no step") for level in (0.5, 0.9))
+    print("\nWhat comes first, the cluster or the answer? Pairwise F1 (val): from which step on it is beyond\n"
+          f"its null's 95 % / when it reaches 90 % of its last value. Val accuracy passes 0.5 at {next(first)}, "
+          f"0.9 at {next(first)}\n{'':30}{numbers}")
+    for position, identity, measure in scored:
+        if measure == "f1" and position != "surface":
+            cells = []
+            for layer in layers:
+                at = [here[position, identity, measure, step, layer] for step in steps]
+                since = onset(steps, [row["value"] > row["null_95"] for row in at])
+                near = next(step for step, row in zip(steps, at) if row["value"] >= 0.9 * at[-1]["value"])
+                cells.append("-" if since is None else f"{since}/{near}")
+            print(f"{position + ' ' + identity:30}" + "".join(f"{cell:>8}" for cell in cells))
+
+
+# ---------------------------------------------------------------- the causal test
+
+
+def donors(split: Split, read: dict[str, np.ndarray], seed: int) -> np.ndarray:
+    """(N,): for each prompt another with its input, its columns and another output; -1 if there is none."""
+    alike, rng = {}, random.Random(f"{seed}/donors")
+    keys = list(zip((x.input for x in split.instances), *(columns.tolist() for columns in read.values())))
+    for i, key in enumerate(keys):
+        alike.setdefault(key, []).append(i)
+    output = split.identities["output"].tolist()
+    others = ([j for j in alike[key] if output[j] != output[i]] for i, key in enumerate(keys))
+    return np.array([rng.choice(some) if some else -1 for some in others])
+
+
+def exchanges(x, y, at, own, theirs, noise):
+    """Yield (position, patch, mask (B, T), new (B, 1 or T, C)) for states x of prompts, y of their donors.
+
+    `at` is where positions are read (B,), own and theirs both tasks' centroids there, noise unit vectors.
+    """
+    column = torch.arange(x.shape[1], device=x.device)
+    for position, here in at.items():
+        mask = column == here[:, None]
+        state, apart = x[mask], theirs[position] - own[position]
+        for name, new in {
+                "own centroid": own[position], "centroid": theirs[position], "donor": y[mask],
+                "random": state.norm(dim=1, keepdim=True) * noise, "shift": state + apart,
+                "random shift": state + apart.norm(dim=1, keepdim=True) * noise}.items():
+            yield position, name, mask, new[:, None]
+    yield "span", "nothing", column[None] < 0, x
+    yield "span", "donor", column <= at["instruction"][:, None], y
+
+
+@torch.no_grad()
+def patch(run: str | Path) -> list[dict]:
+    """Are the clusters used? Exchange states of val's prompts, layer by layer, and see what is answered.
+
+    Each prompt has a donor, a prompt of another task with the same input and another output. The state at a
+    position becomes the centroid of its own task or of the donor's, the donor's state, or a random vector as
+    long; or it is shifted by the difference of the two centroids, or randomly as far. Centroids are those of
+    subset. The positive control, `span`, exchanges the states of the whole instruction. Writes and returns
+    the rows of patch.jsonl: layer, position, patch, and the shares of n answers that become the donor's, stay
+    right, do neither. Raises ValueError if the run has no checkpoint, or no prompt has a donor.
+    """
+    cfg, data = read_config(run), read_data(run)
+    device = pick_device(cfg)
+    model = make_model(cfg, data).to(device)
+    if not restore(Path(run), model, []):
+        raise ValueError(f"{run} has no checkpoint: train it first")
+    val, subset, generator = data.splits["val"], data.splits["subset"], make_generator(cfg.seed, "patch")
+    read = {position: columns[val.state_of(position)] for position, (_, columns) in val.positions.items()}
+    donor = donors(val, read, cfg.seed)
+    if (donor < 0).all():
+        raise ValueError("no two prompts of val have one input and two outputs: there is nothing to exchange")
+    centroids = {position: means(torch.from_numpy(x).float(), subset.labels(position)["task"]).to(device)
+                 for position, x in observe(model, subset)[1].items()}              # (L + 1, tasks, C)
+    tokens, is_output, task = map(torch.from_numpy, (val.tokens, val.is_output, val.identities["task"]))
+    told = Counter()
+    for own in torch.from_numpy(np.flatnonzero(donor >= 0)).split(256):
+        other = torch.from_numpy(donor)[own]
+        prompt = torch.arange(tokens.shape[1]) <= torch.from_numpy(read["answer"])[own, None]
+        # each prompt twice, answered as itself and as its donor
+        texts = torch.cat([tokens[own], torch.where(prompt, tokens[own], tokens[other])]).to(device)
+        scored = torch.cat([is_output[own], is_output[other]])[:, 1:].to(device)
+        noise = F.normalize(torch.randn(len(own), cfg.n_embd, generator=generator)).repeat(2, 1).to(device)
+        own, other = own.repeat(2), other.repeat(2)
+        at = {position: torch.from_numpy(columns)[own].to(device) for position, columns in read.items()}
+        states, of_donors = model(texts[:, :-1])[1], model(tokens[other, :-1].to(device))[1]
+        for layer, (x, y) in enumerate(zip(states, of_donors)):
+            both = ({position: c[layer, task[i]] for position, c in centroids.items()} for i in (own, other))
+            for position, name, mask, new in exchanges(x, y, at, *both, noise):
+                z = torch.where(mask[..., None], new, x)
+                for block in model.blocks[layer:]:
+                    z = block(z)
+                said = (model.head(z).argmax(-1) == texts[:, 1:]) | ~scored             # (2 B, T - 1)
+                told[layer, position, name] += said.all(1).view(2, -1).sum(1).cpu().numpy()
+    n = int((donor >= 0).sum())
+    rows = [{"layer": layer, "position": position, "patch": name, "donor": theirs / n, "right": right / n,
+             "neither": (n - right - theirs) / n, "n": n}
+            for (layer, position, name), (right, theirs) in ((key, x.tolist()) for key, x in told.items())]
+    write(Path(run) / "patch.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def print_patch(rows: list[dict]):
+    """Print the shares of answers that become the donor's and that stay right."""
+    shares = {(row["position"], row["patch"], row["layer"]): row for row in rows}
+    layers = sorted({row["layer"] for row in rows})
+    print(f"Is the answer read from there? States of {rows[0]['n']:,} val prompts, exchanged at one layer:\n"
+          "the share of answers that become the donor's, of another task / that stay right\n"
+          f"{'':26}layer" + "".join(f"{layer:2}         " for layer in layers))
+    for position, name in dict.fromkeys(key[:2] for key in shares):
+        cells = (shares[position, name, layer] for layer in layers)
+        print(f"{position:12}{name:16}" + "".join(f"{row['donor']:6.2f}/{row['right']:.2f}" for row in cells))
 
 
 def main():
     """Cluster the captured states of a run and score the clusters, beside chance."""
     flags = Flags(description=main.__doc__)
     flags.add_argument("run", help="a run folder, as train.py makes it")
-    run = flags.parse_args().run
-    rows = probe(run)
-    print_report(run, rows)
-    print(f"\n{len(rows):,} rows in {Path(run) / 'probe.jsonl'}")
+    flags.add_argument("--view", nargs="+", choices=VIEWS, default=["raw"], help="how to look at states: as "
+                       "they are, less the mean of their input's, each coordinate scaled (default: raw)")
+    flags.add_argument("--beside", metavar="RUN", help="show the last scores of this run, too, probed before")
+    flags.add_argument("--patch", action="store_true", help="instead, exchange states and see what is answered")
+    given = flags.parse_args()
+    if given.patch:
+        rows, name = patch(given.run), "patch.jsonl"
+        print_patch(rows)
+    else:
+        beside = read_rows(Path(given.beside) / "probe.jsonl") if given.beside else []
+        rows, name = probe(given.run, given.view), "probe.jsonl"
+        for view in dict.fromkeys(given.view):
+            of_view = ([row for row in some if row["view"] == view] for some in (rows, beside))
+            print_report(given.run, *of_view)
+    print(f"\n{len(rows):,} rows in {Path(given.run) / name}")
 
 
 if __name__ == "__main__":

@@ -72,6 +72,28 @@ def read_config(run: str | Path) -> Config:
         raise ValueError(f"{run} is not a run folder, make one with train.py (config.json: {e!r})") from None
 
 
+def read_data(run: str | Path) -> Dataset:
+    """The data of a run folder, made again from its own tasks.json."""
+    return make_dataset(dataclasses.replace(read_config(run), tasks=str(Path(run) / "tasks.json")))
+
+
+def read_rows(path: str | Path) -> list[dict]:
+    """The rows of a .jsonl file. Raises ValueError, naming it, if it is damaged."""
+    try:
+        return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except ValueError as e:
+        raise ValueError(f"{path} is damaged, make it again: {e}") from None
+
+
+def read_arrays(path: str | Path, *names: str) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file, all or those with these names. Raises ValueError, naming it, if damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in names or arrays.files}
+    except Exception as e:          # a file that was cut short can raise nearly anything
+        raise ValueError(f"{path} cannot be read, train the run again: {e!r}") from None
+
+
 def make_generator(*key) -> torch.Generator:
     """A generator for each purpose, e.g. (seed, "order", epoch): no draw depends on any other."""
     return torch.Generator().manual_seed(random.Random("/".join(map(str, key))).getrandbits(63))
@@ -131,6 +153,13 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray]):
 # ---------------------------------------------------------------- training
 
 
+def make_model(cfg: Config, data: Dataset) -> GPT:
+    """The network of a run, with its initial weights."""
+    length = data.splits["train"].tokens.shape[1] - 1           # the last token has nothing to predict
+    return GPT(ModelConfig(len(data.vocabulary), length, cfg.n_layer, cfg.n_head, cfg.n_embd),
+               make_generator(cfg.seed, "weights"))
+
+
 def make_optimizers(model: GPT, cfg: Config) -> list[torch.optim.Optimizer]:
     """AdamW, and for the blocks' matrices Muon (Jordan et al. 2024), which orthogonalises its updates."""
     muon = [p for p in model.blocks.parameters() if p.dim() == 2] if cfg.optimizer == "muon" else []
@@ -163,8 +192,7 @@ def restore(out: Path, model: GPT, optimizers: list[torch.optim.Optimizer]) -> l
     model.load_state_dict(saved["model"])
     for optimizer, state in zip(optimizers, saved["optimizers"]):
         optimizer.load_state_dict(state)
-    rows = map(json.loads, (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    rows = [row for row in rows if row["step"] <= saved["step"]]
+    rows = [row for row in read_rows(out / "metrics.jsonl") if row["step"] <= saved["step"]]
     if not rows or rows[-1]["step"] != saved["step"]:
         raise ValueError(f"{out}/metrics.jsonl ends before the checkpoint: begin another --out")
     return rows
@@ -179,6 +207,14 @@ def record(out: Path, rows: list[dict], model: GPT, optimizers: list[torch.optim
     write(out / "ckpt.pt", buffer.getvalue())
 
 
+def pick_device(cfg: Config) -> torch.device:
+    """Where to run. Raises ValueError if it is not there."""
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("there is no CUDA device here: use --device cpu")
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(auto if cfg.device == "auto" else cfg.device)
+
+
 def prepare(cfg: Config, resume: bool) -> tuple[Dataset, torch.device]:
     """The data and the device of a run, or a ValueError if it cannot be, or if a folder is in the way."""
     out = Path(cfg.out)
@@ -188,12 +224,8 @@ def prepare(cfg: Config, resume: bool) -> tuple[Dataset, torch.device]:
             raise ValueError(f"{out} was begun with another {', '.join(changed)}: leave that out to resume")
     elif out.exists():
         raise ValueError(f"{out} exists: choose another --out, delete it, or go on with it by --resume")
-    if cfg.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("there is no CUDA device here: use --device cpu")
     # a run goes on with the tasks it began with, whatever has become of the file they came from
-    data = make_dataset(dataclasses.replace(cfg, tasks=str(out / "tasks.json")) if resume else cfg)
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    return data, torch.device(auto if cfg.device == "auto" else cfg.device)
+    return (read_data(out) if resume else make_dataset(cfg)), pick_device(cfg)
 
 
 def train(cfg: Config, resume: bool = False) -> Path:
@@ -211,8 +243,7 @@ def train(cfg: Config, resume: bool = False) -> Path:
     total = cfg.epochs * per_epoch
     captures = capture_steps(total, cfg.n_captures)
     evaluations = {*range(0, total, cfg.eval_every or total), *captures}
-    model = GPT(ModelConfig(len(data.vocabulary), tokens.shape[1] - 1, cfg.n_layer, cfg.n_head, cfg.n_embd),
-                make_generator(cfg.seed, "weights")).to(device)
+    model = make_model(cfg, data).to(device)
     optimizers = make_optimizers(model, cfg)
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     if not resume:
