@@ -13,7 +13,7 @@ train: .venv/made   ## train the default run into runs/default, or go on with it
 probe: .venv/made   ## cluster and score the captures of runs/default
 	$(PY) probe.py runs/default $(if $(wildcard runs/shuffled/probe.jsonl),--beside runs/shuffled)
 
-control: .venv/made  ## train and probe runs/shuffled, where strings get random tasks, to set beside the default
+control: .venv/made  ## train and probe runs/shuffled, whose instructions get random tasks; then make probe
 	$(PY) train.py --shuffle-tasks --out runs/shuffled $(if $(wildcard runs/shuffled),--resume)
 	$(PY) probe.py runs/shuffled
 

@@ -33,12 +33,14 @@ from train import (CAPTURED, make_generator, make_model, observe, pick_device, r
 
 GROUP = 4_000_000       # distances worked on at a time, about what a core's cache holds
 ROUNDING = 1e-6         # squared distances below this share of the points' variance are taken for 0
+SHORT = 10              # iterations after which only the best start goes on
 FAR = 1e18              # the coordinates of a centroid that no point is to choose
 
 
 def kmeans(x, k: int, n_init: int = 8, max_iter: int = 100, seed: int = 0):
     """Lloyd's algorithm (1982) from greedy k-means++ (Arthur & Vassilvitskii 2007), best of n_init starts.
 
+    All starts run for SHORT iterations; the one that is best by then goes on until it converges, or max_iter.
     x (..., N, C): leading dimensions are a batch, whose members come out as they would alone. Returns labels
     (..., N) int64, centroids (..., k, C) and inertia (...), the sum of squared distances to the centroids. A
     cluster that loses its last point is sown anew at the point farthest from its centroid; if there are fewer
@@ -56,8 +58,10 @@ def kmeans(x, k: int, n_init: int = 8, max_iter: int = 100, seed: int = 0):
         if not mean.isfinite().all():
             raise ValueError("k-means needs finite points, these hold nan or infinity")
         some, problem = some.float() - mean, torch.arange(len(some), device=x.device)
-        labels, inertia = _lloyd(some, _sow(some, draws), max_iter)
-        labels = labels[problem, inertia.argmin(1)].long()                  # (P, N), of the best start
+        _, starts, inertia = _lloyd(some, _sow(some, draws), min(SHORT, max_iter))
+        best = inertia < (1 + 1e-5) * inertia.amin(1, keepdim=True) + 1e-30    # rounding is not to choose
+        labels, _, _ = _lloyd(some, starts[problem, best.int().argmax(1), None], max_iter)
+        labels = labels[:, 0].long()                                        # (P, N)
         flat = (labels + k * problem[:, None]).flatten()
         sums = some.new_zeros(len(some) * k, width).index_add_(0, flat, some.flatten(0, 1))
         centroids = (sums / torch.bincount(flat, minlength=len(sums))[:, None]).view(-1, k, width)
@@ -108,13 +112,14 @@ def _sow(x, draws):
 
 
 def _lloyd(x, centroids, max_iter):
-    """P problems (P, N, C), I starts each (P, I, k, C) -> labels (P, I, N) and roughly the inertia (P, I).
+    """P problems (P, N, C), I starts each (P, I, k, C) -> labels (P, I, N), centroids, rough inertia (P, I).
 
     A problem whose starts have all converged drops out. The sums change by the points that change cluster; as
     they are sums of lifted points, their last column is the clusters' sizes.
     """
     (_, N, C), (P, I, k, _), device = x.shape, centroids.shape, x.device
     labels, inertia = torch.empty(P, I, N, dtype=torch.int32, device=device), x.new_empty(P, I)
+    ends = torch.empty_like(centroids)
     problem, own, nearest = torch.arange(P, device=device), torch.zeros_like(labels), x.new_empty(P, I, N)
     sums, room = x.new_zeros(P, I, k, C + 2), x.new_empty(max(GROUP, P * I * k))
     number, low = torch.arange(k, dtype=torch.int32, device=device)[:, None], 2 ** (k - 1).bit_length() - 1
@@ -146,12 +151,12 @@ def _lloyd(x, centroids, max_iter):
             far = nearest[p, i].topk(int(empty.sum()))
             apart = far.values > ROUNDING * x[p, :, C].mean()
             centroids[p, i, empty] = torch.where(apart[:, None], x[p, far.indices, :C], FAR)
-        labels[problem], inertia[problem] = own, nearest.sum(2)
+        labels[problem], ends[problem], inertia[problem] = own, centroids, nearest.sum(2)
         if not moved.all():
             problem, x, centroids, own, sums = (a[moved] for a in (problem, x, centroids, own, sums))
         if not len(x):
             break
-    return labels, inertia
+    return labels, ends, inertia
 
 
 # ---------------------------------------------------------------- scores of a clustering
@@ -579,9 +584,9 @@ def print_report(run: str | Path, rows: list[dict], beside: list[dict] = ()):
             line(f"{position} {identity} {measure}", position, identity, measure, at, of=here)
 
     first = (next((step for step, x in accuracy.items() if x > level), "no step") for level in (0.5, 0.9))
-    print("\nWhat comes first, the cluster or the answer? Pairwise F1 (val): from which step on it is beyond\n"
-          f"its null's 95 % / when it reaches 90 % of its last value. Val accuracy passes 0.5 at {next(first)}, "
-          f"0.9 at {next(first)}\n{'':30}{numbers}")
+    print("\nWhat comes first, the cluster or the answer? Val accuracy passes 0.5 at step {}, 0.9 at {}.\n"
+          "Pairwise F1 (val): from which step on it is beyond its null's 95 % / when it is at 90 % of its end"
+          .format(*first) + f"\n{'':30}{numbers}")
     for position, identity, measure in scored:
         if measure == "f1" and position != "surface":
             cells = []
@@ -695,7 +700,7 @@ def main():
     flags.add_argument("--view", nargs="+", choices=VIEWS, default=["raw"], help="how to look at states: as "
                        "they are, less the mean of their input's, each coordinate scaled (default: raw)")
     flags.add_argument("--beside", metavar="RUN", help="show the last scores of this run, too, probed before")
-    flags.add_argument("--patch", action="store_true", help="instead, exchange states and see what is answered")
+    flags.add_argument("--patch", action="store_true", help="instead, exchange states: what is answered?")
     given = flags.parse_args()
     if given.patch:
         rows, name = patch(given.run), "patch.jsonl"

@@ -9,6 +9,7 @@ import math
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -276,6 +277,7 @@ def test_tasks_file_round_trip_gives_the_same_data(tmp_path, dataset):
     assert all((again.splits[name].tokens == dataset.splits[name].tokens).all() for name in dataset.splits)
 
 
+UNCLUSTERED = "knn_share", "knn_task", "knn_output", "nc1", "merge_ratio"
 WORDS = json.loads(re.search(r"```json\n(.*?)```", (HERE / "README.md").read_text(encoding="utf-8"), re.S)[1])
 
 
@@ -285,7 +287,7 @@ def test_the_tasks_file_of_the_readme_trains(tmp_path):
     d = make_dataset(train.read_config(out))
     texts = [" ".join(d.vocabulary[i] for i in row) for row in d.splits["train"].tokens]
     assert any("New Zealand <ans> Wellington <eos>" in text for text in texts)
-    assert {row["measure"] for row in probe.probe(out)} == {*probe.MEASURES, "knn_share"}
+    assert {row["measure"] for row in probe.probe(out, ["raw", "centred"])} == {*probe.MEASURES, *UNCLUSTERED}
 
 
 # ---------------------------------------------------------------- the model
@@ -399,8 +401,10 @@ def test_run_folder_is_laid_out_as_promised(run):
 
 
 def load_model(run):
-    d = make_dataset(train.read_config(run))
-    net = model.GPT(model.ModelConfig(len(d.vocabulary), d.splits["val"].tokens.shape[1] - 1, 2, 2, 16))
+    cfg = train.read_config(run)
+    d = make_dataset(cfg)
+    length = d.splits["val"].tokens.shape[1] - 1
+    net = model.GPT(model.ModelConfig(len(d.vocabulary), length, cfg.n_layer, cfg.n_head, cfg.n_embd))
     net.load_state_dict(torch.load(run / "ckpt.pt", weights_only=True)["model"])
     return d, net
 
@@ -558,8 +562,25 @@ def test_kmeans_on_few_distinct_points_leaves_clusters_empty():
 
 def test_kmeans_sows_an_emptied_cluster_anew():
     x = torch.tensor([[[0.0], [1.0], [10.0], [11.0], [30.0]]])
-    labels, centroids, inertia = probe._lloyd(x, torch.tensor([[[0.5], [10.5], [1000.0]]]), 100)
-    assert len(set(labels[0].tolist())) == 3 and inertia.item() == pytest.approx(1.0)
+    labels, _, inertia = probe._lloyd(x, torch.tensor([[[[0.5], [10.5], [1000.0]]]]), 100)
+    assert len(set(labels[0, 0].tolist())) == 3 and inertia.item() == pytest.approx(1.0)
+
+
+def test_kmeans_and_knn_in_small_pieces_give_the_same(monkeypatch):
+    x, y = blobs(3, 200, 8, 6, 0.4), blobs(1, 300, 8, 6, 0.4, seed=1)[0]
+    whole, near = probe.kmeans(x, 6), probe.knn(x[0], y, 7)
+    monkeypatch.setattr(probe, "GROUP", 500)        # some ten points at a time
+    assert all(torch.allclose(a, b) for a, b in zip(whole, probe.kmeans(x, 6)))
+    assert torch.equal(near, probe.knn(x[0], y, 7))
+
+
+@pytest.mark.parametrize("call", ["kmeans(x, 512, n_init=4, max_iter=2)", "knn(x, x[:20000], 10)"])
+def test_memory_stays_far_below_a_table_of_all_distances(call):
+    code = ("import resource, torch, probe; x = torch.randn(60000, 16); "
+            "used = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
+            f"before = used(); probe.{call}; print((used() - before) // 1024)")
+    mib = int(subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, check=True).stdout)
+    assert mib < 200        # 60,000 points x 4 starts x 512 clusters are 469 MiB, 60,000 x 20,000 4.5 GiB
 
 
 def test_kmeans_refuses_what_has_no_answer():
@@ -586,6 +607,45 @@ def test_f1_and_ari_equal_counting_pairs(labels):
     assert probe.ari(*labels) == pytest.approx(2 * (tp * tn - fn * fp) / below if below else 1)
 
 
+@given(labelings)
+def test_nmi_bcubed_f1_and_purity_equal_a_loop_over_points(labels):
+    classes, clusters = labels
+    n = len(classes)
+    of_class, of_cluster, of_both = Counter(classes), Counter(clusters), Counter(zip(classes, clusters))
+    shared = sum(m / n * math.log(m * n / of_class[i] / of_cluster[j]) for (i, j), m in of_both.items())
+    h, g = (-sum(m / n * math.log(m / n) for m in sizes.values()) for sizes in (of_class, of_cluster))
+    assert probe.nmi(*labels) == pytest.approx(2 * shared / (h + g) if h + g else 1, abs=1e-9)
+    alike = [of_both[x] for x in zip(classes, clusters)]
+    precision = np.mean([m / of_cluster[j] for m, j in zip(alike, clusters)])
+    recall = np.mean([m / of_class[i] for m, i in zip(alike, classes)])
+    assert probe.bcubed_f1(*labels) == pytest.approx(2 * precision * recall / (precision + recall))
+    majority = [max(Counter(i for i, j in zip(classes, clusters) if j == c).values()) for c in of_cluster]
+    assert probe.purity(*labels) == pytest.approx(sum(majority) / n)
+
+
+short_labelings = st.integers(2, 6).flatmap(
+    lambda n: st.tuples(*[st.lists(st.integers(0, 3), min_size=n, max_size=n)] * 2))
+
+
+@given(short_labelings)
+@settings(max_examples=40)
+def test_ami_takes_off_the_mean_over_all_permutations(labels):
+    classes, clusters = map(np.array, labels)
+    a, b, shared = probe.information(probe.contingency(classes, clusters))
+    orders = np.array(list(itertools.permutations(range(len(classes)))))
+    expected = probe.information(probe.contingency(classes, clusters[orders]))[2].mean()
+    most = (a + b) / 2 - expected
+    value = (shared - expected) / most if most > 1e-9 else 1
+    assert probe.ami(classes, clusters) == pytest.approx(value, abs=1e-6)
+
+
+def test_ami_takes_under_a_second_at_500_by_500_classes():
+    rng = np.random.default_rng(0)
+    start = time.perf_counter()
+    assert abs(probe.ami(rng.integers(0, 500, 10000), rng.integers(0, 500, 10000))) < 0.01
+    assert time.perf_counter() - start < 1
+
+
 def test_scores_of_the_textbook_table():
     classes = [0] * 8 + [1] * 5 + [2] * 4               # Manning, Raghavan & Schuetze, figure 16.4
     clusters = [0] * 5 + [1] + [2] * 2 + [0] + [1] * 4 + [1] + [2] * 3
@@ -594,6 +654,23 @@ def test_scores_of_the_textbook_table():
     assert probe.f1(classes, clusters) == pytest.approx(2 * p * r / (p + r))
     assert probe.matched_f1(classes, clusters) == pytest.approx((10 / 14 + 8 / 11 + 6 / 9) / 3)
     assert probe.ari(classes, clusters) == pytest.approx((20 - 40 * 44 / 136) / (42 - 40 * 44 / 136))
+    assert probe.purity(classes, clusters) == pytest.approx(12 / 17)            # 0.71 in the book
+    assert probe.nmi(classes, clusters) == pytest.approx(0.36, abs=0.005)       # as in the book
+    p, r = 26 / 6 + 18 / 6 + 13 / 5, 30 / 8 + 17 / 5 + 10 / 4       # squares of n_ij, over clusters, classes
+    assert probe.bcubed_f1(classes, clusters) == pytest.approx(2 * p * r / (p + r) / 17)
+
+
+def test_ami_of_a_table_worked_by_hand():
+    # 2 + 2 points against 2 + 2: of the three ways, one is the same partition, log 2, and two share nothing
+    assert probe.expected_information((2, 2), (2, 2)) == pytest.approx(math.log(2) / 3)
+    assert probe.ami([0, 0, 1, 1], [0, 1, 0, 1]) == pytest.approx((0 - 1 / 3) / (1 - 1 / 3))
+
+
+def test_one_class_only_scores_1_and_so_does_its_null():
+    for name, measure in probe.MEASURES.items():
+        assert measure([0] * 5, [0] * 5) == pytest.approx(1), name
+    assert math.isnan(probe.nc1(torch.randn(5, 2), [0] * 5))        # and this one has no value
+    assert math.isnan(probe.merge_ratio(torch.ones(2, 2), [0, 0]))
 
 
 @given(labelings)
@@ -610,13 +687,14 @@ def test_matched_f1_equals_trying_all_permutations(labels):
     assert probe.matched_f1(*labels) == pytest.approx(best[1])
 
 
-@given(st.integers(1, 6), st.integers(0, 10 ** 6), st.sampled_from([2, 50]))
+@given(st.integers(1, 7), st.integers(0, 10 ** 6), st.sampled_from([2, 50]))
+@settings(max_examples=30)
 def test_match_equals_brute_force(n, seed, high):
     value = np.random.default_rng(seed).integers(0, high, (5, n, n)).astype(float)
+    orders = np.array(list(itertools.permutations(range(n))))
     for table, column in zip(value, probe.match(value)):
         assert sorted(column) == list(range(n))
-        assert table[np.arange(n), column].sum() == max(
-            sum(table[i, j] for i, j in enumerate(p)) for p in itertools.permutations(range(n)))
+        assert table[np.arange(n), column].sum() == table[np.arange(n), orders].sum(1).max()
 
 
 def test_match_takes_under_a_second_at_500_classes():
@@ -633,7 +711,8 @@ def test_measures_are_1_for_the_same_partition_and_at_chance_for_another(measure
     classes = np.arange(1_000_000) % 10
     assert isinstance(measure(classes, classes), float)
     assert measure(classes, (classes + 3) % 10) == pytest.approx(1)
-    assert measure(classes, rng.permutation(classes)) < {"ari": 1e-3}.get(measure.__name__, 0.102)
+    chance = {"ari": 0, "ami": 0, "nmi": 0}.get(measure.__name__, 0.1)
+    assert measure(classes, rng.permutation(classes)) == pytest.approx(chance, abs=2e-3)
     batch = rng.integers(0, 4, (2, 3, 50))
     one_by_one = [[measure(classes[:50], batch[i, j]) for j in range(3)] for i in range(2)]
     assert np.allclose(measure(classes[:50], batch), one_by_one)
@@ -654,17 +733,169 @@ def test_knn_equals_a_literal_loop_with_ties_by_index(n, q, k, seed):
         assert probe.knn(a, b, k).tolist() == expected
 
 
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=8))
+def test_vote_is_the_majority_and_of_a_tie_the_nearest(labels):
+    most = max(Counter(labels).values())
+    assert probe.vote(np.array([labels])).tolist() == [next(x for x in labels if labels.count(x) == most)]
+
+
+@given(st.integers(0, 1000), st.integers(2, 5))
+@settings(max_examples=20)
+def test_nc1_equals_its_definition(seed, k):
+    rng = np.random.default_rng(seed)
+    classes = np.append(np.arange(k), rng.integers(0, k, 20))
+    x = rng.normal(size=(2, 20 + k, 4)) + rng.normal(size=(k, 4))[classes]
+    for points, value in zip(x, probe.nc1(torch.from_numpy(x), classes)):
+        centres = np.array([points[classes == j].mean(0) for j in range(k)])
+        within = sum(np.outer(p - centres[j], p - centres[j]) for p, j in zip(points, classes)) / len(points)
+        between = sum(np.outer(c - centres.mean(0), c - centres.mean(0)) for c in centres) / k
+        assert value == pytest.approx(np.trace(within @ np.linalg.pinv(between, rcond=1e-10)) / k, rel=1e-6)
+    assert probe.nc1(torch.from_numpy(centres[classes]), classes) == pytest.approx(0, abs=1e-9)
+
+
+def test_merge_ratio_equals_a_loop_over_pairs():
+    centres, tasks = torch.randn(7, 3, generator=torch.Generator().manual_seed(0)), [0, 0, 0, 1, 1, 2, 3]
+    same, other = [], []
+    for i, j in itertools.combinations(range(7), 2):
+        (same if tasks[i] == tasks[j] else other).append((centres[i] - centres[j]).norm().item())
+    value = probe.merge_ratio(torch.cdist(centres, centres), tasks)
+    assert value == pytest.approx(np.mean(same) / np.mean(other))
+
+
+def test_centred_states_cluster_by_task_where_the_input_hid_it():
+    input, task, rng = np.arange(400) % 10, np.arange(400) // 100, np.random.default_rng(0)
+    far, near = rng.normal(size=(10, 8)) * 20, rng.normal(size=(4, 8))
+    x = torch.from_numpy(far[input] + near[task] + 0.01 * rng.normal(size=(400, 8))).float()
+    hidden, shown = (probe.f1(task, probe.kmeans(probe.VIEWS[view](x, {"input": input}), 4)[0].numpy())
+                     for view in ("raw", "centred"))
+    assert hidden < 0.4 and shown == 1
+
+
+def test_standardised_coordinates_weigh_the_same():
+    x = probe.VIEWS["standardised"](torch.randn(2, 50, 3) * torch.tensor([1, 1e4, 0]) + 7, {})
+    assert torch.allclose(x.mean(1), torch.zeros(2, 3), atol=1e-4) and torch.allclose(
+        x.std(1), torch.tensor([1.0, 1, 0]).expand(2, 3), atol=1e-4)
+
+
+def test_surface_counts_letters_and_pairs_of_letters(dataset):
+    ids = {name: split.labels("instruction") for name, split in dataset.splits.items()}
+    bags = probe.surface(dataset, ids)
+    for name, x in bags.items():
+        texts = list(dict.fromkeys(i.instruction for i in dataset.splits[name].instances))
+        assert x.shape[:3] == (1, 1, len(texts))
+        for i, j in (0, 1), (2, 40), (5, 5):        # squared distances do not depend on the columns' order
+            a, b = (Counter([*texts[t], *zip(texts[t], texts[t][1:])]) for t in (i, j))
+            expected = sum((a[gram] - b[gram]) ** 2 for gram in {*a, *b})
+            assert (x[0, 0, i] - x[0, 0, j]).square().sum() == expected
+    with pytest.raises(ValueError, match="does not fit"):
+        probe.surface(dataset, {name: {"task": labels["task"][::-1]} for name, labels in ids.items()})
+
+
+def test_shuffled_tasks_are_random_and_still_obey_their_maps():
+    plain, shuffled = (make_dataset(DataConfig(shuffle_tasks=x)).splits for x in (False, True))
+    for name in plain:
+        assert list(dict.fromkeys(x.instruction for x in plain[name].instances)) == list(
+            dict.fromkeys(x.instruction for x in shuffled[name].instances))
+    told, maps = {}, {(x.task, x.input): x.output for x in plain["train"].instances}
+    for x in (x for split in shuffled.values() for x in split.instances):
+        assert told.setdefault(x.instruction, x.task) == x.task and maps[x.task, x.input] == x.output
+    labels = shuffled["train"].labels("instruction")
+    table = probe.contingency(labels["distribution"], labels["task"])
+    table = table[table.sum(1) > 0]
+    expected = table.sum(1, keepdims=True) * table.sum(0) / table.sum()
+    chi2, df = ((table - expected) ** 2 / expected).sum(), (len(table) - 1) * 15
+    assert abs(chi2 - df) < 4 * math.sqrt(2 * df)
+
+
+def test_onset_is_the_step_after_which_it_always_holds():
+    steps = [0, 1, 2, 4, 8]
+    for holds, step in ("00111", 2), ("10101", 8), ("11111", 0), ("11110", None), ("00000", None):
+        assert probe.onset(steps, [x == "1" for x in holds]) == step
+
+
 def test_probe_rows_are_complete_and_layer_0_is_its_null(run):
-    rows = probe.probe(run)
+    rows = probe.probe(run, ["raw", "centred", "standardised"])
     assert rows == lines(run / "probe.jsonl")
-    assert " ".join(rows[0]) == "step layer position split identity measure value null_mean null_95"
+    fields = "step layer position split identity measure view value null_mean null_95"
+    assert all(" ".join(row) == fields for row in rows)
     captures, labels = probe.captured(run)
-    identities = sum(len(of_split[name]) for of_split in labels.values() for name in train.CAPTURED)
-    assert len(rows) == len(captures) * 3 * (identities * len(probe.MEASURES) + 2 * len(labels))
+    for view, position in itertools.product(probe.VIEWS, ("instruction", "answer", "surface")):
+        some = [row for row in rows if (row["view"], row["position"]) == (view, position)]
+        ids = labels["answer" if position == "answer" else "instruction"]["val"]
+        each = len(ids) * len(probe.MEASURES) + 2               # in every split; and in val and ood
+        each = 3 * each + 2 * (3 if position == "answer" else 2)
+        states = 1 if position == "surface" else 3 * len(captures)
+        states = 0 if view == "centred" and position != "answer" else states
+        assert len(some) == each * states, (view, position)
     for row in rows:
-        assert row["null_mean"] <= row["null_95"] + 1e-9
-        if row["layer"] == 0:               # before any attention all states at a position are one point
+        if row["value"] is None:        # what a split does not have: two regexes a task, two distinct points
+            assert row["measure"] == "merge_ratio" and row["split"] == "ood" or row["layer"] == 0
+            continue
+        assert row["null_mean"] <= row["null_95"] + 1e-9 or row["measure"] in probe.LOWER
+        if row["layer"] == 0 and row["position"] != "surface":      # before any attention all states are one
             assert row["value"] == pytest.approx(row["null_mean"], abs=0.02)
+
+
+@pytest.fixture(scope="module")
+def skilled(tmp_path_factory):
+    """A run that has learnt its tasks."""
+    cfg = train.Config(**{**TINY, "epochs": 150, "n_embd": 32, "lr": 6e-3},
+                       out=str(tmp_path_factory.mktemp("runs") / "skilled"))
+    return train.train(cfg)
+
+
+def test_patching_gives_what_another_way_of_patching_gives(skilled):
+    rows = {(r["layer"], r["position"], r["patch"]): r for r in probe.patch(skilled)}
+    assert list(rows.values()) == lines(skilled / "patch.jsonl")
+    d, net = load_model(skilled)
+    val = d.splits["val"]
+    read = {p: columns[val.state_of(p)] for p, (_, columns) in val.positions.items()}
+    donor, x = probe.donors(val, read, 0), val.instances
+    chosen = np.flatnonzero(donor >= 0)
+    assert len(chosen) == rows[0, "span", "donor"]["n"] > 40
+    for i in chosen:
+        a, b = x[i], x[donor[i]]
+        assert a.input == b.input and a.task != b.task and a.output != b.output
+    centroid, subset = {}, d.splits["subset"]
+    for layer, block in enumerate([None, *net.blocks][:2]):
+        for t in {i.task for i in x}:
+            some = [n for n, i in enumerate(subset.instances) if i.task == t]
+            states = net(torch.from_numpy(subset.tokens[some, :-1]))[1][layer]
+            centroid[layer, t] = states[range(len(some)), subset.positions["answer"][1][some]].mean(0)
+
+    def answers(layer, i, edit):
+        """What is said, word by word, while a hook edits the states behind a block."""
+        row, said = val.tokens[i, :read["answer"][i] + 1].tolist(), []
+        hook = net.blocks[layer - 1].register_forward_hook(lambda block, args, out: edit(out))
+        while len(said) < 2:
+            said.append(net(torch.tensor([row]))[0][0, -1].argmax().item())
+            row.append(said[-1])
+        hook.remove()
+        return [d.vocabulary[token] for token in said]
+
+    def edits(name, i):
+        j, at = donor[i], read["answer"][i]
+        state = net(torch.from_numpy(val.tokens[None, j, :-1]))[1][1][0, at] if name == "donor" else (
+            centroid[1, x[j].task])
+
+        def edit(out):
+            shift = name == "shift"
+            out[0, at] = out[0, at] + state - centroid[1, x[i].task] if shift else state
+            return out
+        return edit
+
+    with torch.no_grad():
+        for name in "donor", "centroid", "shift":
+            said = [answers(1, i, edits(name, i)) for i in chosen]
+            for share, who in ("right", lambda i: i), ("donor", lambda i: donor[i]):
+                expected = np.mean([s == [x[who(i)].output, "<eos>"] for s, i in zip(said, chosen)])
+                assert rows[1, "answer", name][share] == pytest.approx(expected, abs=0.02), name
+        alone = [answers(1, i, lambda out: out) == [x[i].output, "<eos>"] for i in range(len(x))]
+    for layer in range(3):
+        assert rows[layer, "span", "nothing"]["right"] == pytest.approx(np.mean([alone[i] for i in chosen]))
+    assert rows[0, "span", "donor"]["donor"] == pytest.approx(np.mean([alone[donor[i]] for i in chosen]))
+    assert rows[0, "span", "donor"]["donor"] > 0.5 and rows[2, "span", "donor"]["donor"] == 0
+    assert all(r["donor"] + r["right"] + r["neither"] == pytest.approx(1) for r in rows.values())
 
 
 def test_knn_share_equals_counting(run):
@@ -706,7 +937,8 @@ BAD_TASKS = {
         "--preset huge", "--n-embd 66", "--epochs 0", "--optimizer sgd", "--n-train 800", "--lr nan",
         "--warmup 1", "--lr inf", "--device tpu", "--resume", "--n-mappings 11", "--n-lay 3", "--tasks .",
         "--n-head 0", "--seed x")],
-    *[(probe, argv) for argv in ("", "nowhere", ".", "a b", "--k 3")]])
+    *[(probe, argv) for argv in ("", "nowhere", ".", "a b", "--k 3", ". --patch", ". --view upside-down",
+                                 ". --beside nowhere")]])
 def test_bad_flags_give_one_line_and_status_2_and_write_nothing(module, argv, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert exit_status(module, *argv.split()) == 2
@@ -731,6 +963,39 @@ def test_a_run_in_the_way_is_not_overwritten(run, capsys):
     assert outcome(run)[1] == before
 
 
+def damage(name, how):
+    """What becomes of a run folder's file: cut short, or with every array changed by `how`."""
+    def change(run):
+        path = run / name if name else max((run / "states").glob("0*.npz"))
+        if how == "cut":
+            path.write_bytes(path.read_bytes()[:-100])
+        else:
+            np.savez(path, **{key: how(array) for key, array in np.load(path).items()})
+    return change
+
+
+@pytest.mark.parametrize("change, complaint", [
+    (damage("", "cut"), "cannot be read"), (damage("states/labels.npz", "cut"), "cannot be read"),
+    (damage("", lambda x: x * np.nan), "nan or infinity"), (damage("", lambda x: x[:, :-1]), "do not fit"),
+    (damage("", lambda x: x[..., 1:]), "do not fit"),
+    (damage("states/labels.npz", lambda x: x[:-1]), "do not fit|does not fit"),
+    (damage("metrics.jsonl", "cut"), "damaged")])
+def test_a_damaged_capture_is_noticed(run, change, complaint, tmp_path, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    change(copy)
+    (copy / "probe.jsonl").unlink(missing_ok=True)
+    assert exit_status(probe, copy) == 2
+    assert re.fullmatch(rf"error: [^\n]*({complaint})[^\n]*\n", capsys.readouterr().err)
+
+
+def test_patching_needs_a_checkpoint(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("ckpt.pt"))
+    assert exit_status(probe, tmp_path / "run", "--patch") == 2
+    assert "train it first" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "patch.jsonl").exists()
+
+
 def test_commands_run_from_the_shell(tmp_path):
     def shell(*argv):
         return subprocess.run([sys.executable, *map(str, argv)], cwd=HERE, capture_output=True, text=True)
@@ -742,5 +1007,9 @@ def test_commands_run_from_the_shell(tmp_path):
     assert trained.returncode == 0 and trained.stdout.endswith(f"next: python probe.py {tmp_path / 'run'}\n")
     probed = shell("probe.py", tmp_path / "run")
     assert probed.returncode == 0 and "null: labels permuted" in probed.stdout and not probed.stderr
+    again = shell("probe.py", tmp_path / "run", "--view", "centred", "raw", "--beside", tmp_path / "run")
+    assert again.returncode == 0 and again.stdout.count("the run beside") == 2 and not again.stderr
+    patched = shell("probe.py", tmp_path / "run", "--patch")
+    assert patched.returncode == 0 and "random shift" in patched.stdout and not patched.stderr
     wrong = shell("train.py", "--frobnicate")
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and wrong.stderr.startswith("error: ")
