@@ -40,7 +40,7 @@ FAR = 1e18              # the coordinates of a centroid that no point is to choo
 def kmeans(x, k: int, n_init: int = 8, max_iter: int = 100, seed: int = 0):
     """Lloyd's algorithm (1982) from greedy k-means++ (Arthur & Vassilvitskii 2007), best of n_init starts.
 
-    All starts run for SHORT iterations; the one that is best by then goes on until it converges, or max_iter.
+    All starts run for SHORT iterations; the one that is best by then goes on until it stands still.
     x (..., N, C): leading dimensions are a batch, whose members come out as they would alone. Returns labels
     (..., N) int64, centroids (..., k, C) and inertia (...), the sum of squared distances to the centroids. A
     cluster that loses its last point is sown anew at the point farthest from its centroid; if there are fewer
@@ -59,8 +59,8 @@ def kmeans(x, k: int, n_init: int = 8, max_iter: int = 100, seed: int = 0):
             raise ValueError("k-means needs finite points, these hold nan or infinity")
         some, problem = some.float() - mean, torch.arange(len(some), device=x.device)
         _, starts, inertia = _lloyd(some, _sow(some, draws), min(SHORT, max_iter))
-        best = inertia < (1 + 1e-5) * inertia.amin(1, keepdim=True) + 1e-30    # rounding is not to choose
-        labels, _, _ = _lloyd(some, starts[problem, best.int().argmax(1), None], max_iter)
+        best = (inertia <= (1 + 1e-5) * inertia.amin(1, keepdim=True)).int().argmax(1)      # of equals the first
+        labels, _, _ = _lloyd(some, starts[problem, best, None], max(1, max_iter - SHORT))
         labels = labels[:, 0].long()                                        # (P, N)
         flat = (labels + k * problem[:, None]).flatten()
         sums = some.new_zeros(len(some) * k, width).index_add_(0, flat, some.flatten(0, 1))
@@ -186,7 +186,7 @@ def pairs(x):
 
 def ratio(x, y):
     """x / y, and 1 where y is 0: where there is nothing to tell apart, all is as it should be."""
-    return np.where(y > 1e-12, x / np.where(y > 1e-12, y, 1), 1.0)[()]
+    return np.where(y > 1e-9, x / np.where(y > 1e-9, y, 1), 1.0)[()]
 
 
 def f1(classes, clusters):
@@ -204,7 +204,8 @@ def matched_f1(classes, clusters):
     """The mean F1 of the classes, each matched to a cluster of its own so that most points agree; 0 to 1.
 
     F1 of class i and cluster j is 2 n_ij / (a_i + b_j), 0 for a class without a cluster; of matchings with as
-    many points the one of highest F1 counts. Chance: somewhat over 1 / K, as the best of many is taken.
+    many points the one of highest F1 counts. Chance: somewhat over 1 / K, as the best of many is taken. (The
+    matching is that of clustering accuracy, Yang et al. 2010.)
     """
     n = contingency(classes, clusters)
     size = max(n.shape[-2:])
@@ -423,7 +424,8 @@ LOWER = "nc1", "merge_ratio"    # the less, the more clustered: these pass their
 VIEWS = {       # what is done to the states (..., n, C) of a split, whose identities are `ids`, at first
     "raw": lambda x, ids: x,
     "centred": lambda x, ids: x - means(x, ids["input"])[..., ids["input"], :],
-    "standardised": lambda x, ids: (x - x.mean(-2, keepdim=True)) / x.std(-2, keepdim=True).clamp(min=1e-6),
+    "standardised": lambda x, ids: (
+        x - x.mean(-2, keepdim=True)) / x.std(-2, correction=0, keepdim=True).clamp(min=1e-6),
 }
 
 
@@ -484,9 +486,9 @@ def scores(states: torch.Tensor, ids: dict[str, np.ndarray], known=None, seed: i
         for name, measure in MEASURES.items():
             yield identity, name, classes, lambda c: measure(c, clusters)
     task, regex = ids["task"], ids["task"] * (1 + ids["distribution"].max()) + ids["distribution"]
-    yield "task", "nc1", task, lambda c: nc1(states, c)
+    yield "task", "nc1", task, lambda c: np.stack([nc1(x, c) for x in states])
     _, one, regex = np.unique(regex, return_index=True, return_inverse=True)
-    centroids = means(states.float(), regex)
+    centroids = torch.stack([means(x.float(), regex) for x in states])
     distances = torch.cdist(centroids, centroids, compute_mode="donot_use_mm_for_euclid_dist")
     yield "task", "merge_ratio", task[one], lambda c: merge_ratio(distances, c)
     if known:
@@ -520,13 +522,14 @@ def probe(run: str | Path, views=("raw",)) -> list[dict]:
     """
     seed, rows, (steps, labels) = read_config(run).seed, [], captured(run)
     bags = surface(read_data(run), labels["instruction"])
-    every = [*labels.items(), ("surface", labels["instruction"])]
-    parts = [part for part in itertools.product(dict.fromkeys(views), every, CAPTURED)
-             if part[0] != "centred" or "input" in part[1][1]["subset"]]
-    for done, (view, (position, of_split), split) in enumerate(parts):
+    labels["surface"] = labels["instruction"]
+    parts = [(view, position, split) for view, position, split in
+             itertools.product(dict.fromkeys(views), labels, CAPTURED)
+             if view != "centred" or "input" in labels[position][split]]
+    for done, (view, position, split) in enumerate(parts):
         if sys.stderr.isatty():
             print(f"\r\x1b[K{done} of {len(parts)}: {view} {position} {split}", end="\r", file=sys.stderr)
-        ids, at = of_split[split], [0] if position == "surface" else steps
+        ids, at = labels[position][split], [0] if position == "surface" else steps
         states = bags[split] if position == "surface" else load(run, steps, split, position, len(ids["task"]))
         if view != "raw":
             states = VIEWS[view](states.float(), ids)

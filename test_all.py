@@ -774,7 +774,7 @@ def test_centred_states_cluster_by_task_where_the_input_hid_it():
 def test_standardised_coordinates_weigh_the_same():
     x = probe.VIEWS["standardised"](torch.randn(2, 50, 3) * torch.tensor([1, 1e4, 0]) + 7, {})
     assert torch.allclose(x.mean(1), torch.zeros(2, 3), atol=1e-4) and torch.allclose(
-        x.std(1), torch.tensor([1.0, 1, 0]).expand(2, 3), atol=1e-4)
+        x.std(1, correction=0), torch.tensor([1.0, 1, 0]).expand(2, 3), atol=1e-4)
 
 
 def test_surface_counts_letters_and_pairs_of_letters(dataset):
