@@ -59,9 +59,9 @@ def kmeans(x, k: int, n_init: int = 8, max_iter: int = 100, seed: int = 0):
             raise ValueError("k-means needs finite points, these hold nan or infinity")
         some, problem = some.float() - mean, torch.arange(len(some), device=x.device)
         _, starts, inertia = _lloyd(some, _sow(some, draws), min(SHORT, max_iter))
-        best = (inertia <= (1 + 1e-5) * inertia.amin(1, keepdim=True)).int().argmax(1)      # of equals the first
-        labels, _, _ = _lloyd(some, starts[problem, best, None], max(1, max_iter - SHORT))
-        labels = labels[:, 0].long()                                        # (P, N)
+        as_good = inertia <= (1 + 1e-5) * inertia.amin(1, keepdim=True)     # rounding is not to decide
+        best = starts[problem, as_good.int().argmax(1), None]               # (P, 1, k, C)
+        labels = _lloyd(some, best, max(1, max_iter - SHORT))[0][:, 0].long()
         flat = (labels + k * problem[:, None]).flatten()
         sums = some.new_zeros(len(some) * k, width).index_add_(0, flat, some.flatten(0, 1))
         centroids = (sums / torch.bincount(flat, minlength=len(sums))[:, None]).view(-1, k, width)
@@ -502,6 +502,12 @@ def scores(states: torch.Tensor, ids: dict[str, np.ndarray], known=None, seed: i
                 vote(c[near]) == ids[identity]).mean(2)
 
 
+def progress(text: str):
+    """Show what is being done in a line of a terminal that the next one replaces."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="\r", file=sys.stderr, flush=True)
+
+
 def rows_of(score, labels: np.ndarray, seed: int, steps: list[int], **where) -> list[dict]:
     """Rows of probe.jsonl: score(labels), an array (S, L + 1), beside the same for permuted labels."""
     orders = (torch.randperm(len(labels), generator=make_generator(seed, "null", i)) for i in range(N_NULL))
@@ -527,8 +533,7 @@ def probe(run: str | Path, views=("raw",)) -> list[dict]:
              itertools.product(dict.fromkeys(views), labels, CAPTURED)
              if view != "centred" or "input" in labels[position][split]]
     for done, (view, position, split) in enumerate(parts):
-        if sys.stderr.isatty():
-            print(f"\r\x1b[K{done} of {len(parts)}: {view} {position} {split}", end="\r", file=sys.stderr)
+        progress(f"{done} of {len(parts)} parts probed; now {view} states at {position} of {split}")
         ids, at = labels[position][split], [0] if position == "surface" else steps
         states = bags[split] if position == "surface" else load(run, steps, split, position, len(ids["task"]))
         if view != "raw":
@@ -538,8 +543,7 @@ def probe(run: str | Path, views=("raw",)) -> list[dict]:
         for identity, measure, of, score in scores(states, ids, None if split == "subset" else known, seed):
             rows += rows_of(score, of, seed, at, position=position, split=split, identity=identity,
                             measure=measure, view=view)
-    if sys.stderr.isatty():
-        print("\x1b[K", end="", file=sys.stderr)
+    progress("")
     write(Path(run) / "probe.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
@@ -658,7 +662,9 @@ def patch(run: str | Path) -> list[dict]:
                  for position, x in observe(model, subset)[1].items()}              # (L + 1, tasks, C)
     tokens, is_output, task = map(torch.from_numpy, (val.tokens, val.is_output, val.identities["task"]))
     told = Counter()
-    for own in torch.from_numpy(np.flatnonzero(donor >= 0)).split(256):
+    parts = torch.from_numpy(np.flatnonzero(donor >= 0)).split(256)
+    for done, own in enumerate(parts):
+        progress(f"{done} of {len(parts)} parts exchanged")
         other = torch.from_numpy(donor)[own]
         prompt = torch.arange(tokens.shape[1]) <= torch.from_numpy(read["answer"])[own, None]
         # each prompt twice, answered as itself and as its donor
@@ -676,6 +682,7 @@ def patch(run: str | Path) -> list[dict]:
                     z = block(z)
                 said = (model.head(z).argmax(-1) == texts[:, 1:]) | ~scored             # (2 B, T - 1)
                 told[layer, position, name] += said.all(1).view(2, -1).sum(1).cpu().numpy()
+    progress("")
     n = int((donor >= 0).sum())
     rows = [{"layer": layer, "position": position, "patch": name, "donor": theirs / n, "right": right / n,
              "neither": (n - right - theirs) / n, "n": n}
@@ -705,6 +712,8 @@ def main():
     flags.add_argument("--beside", metavar="RUN", help="show the last scores of this run, too, probed before")
     flags.add_argument("--patch", action="store_true", help="instead, exchange states: what is answered?")
     given = flags.parse_args()
+    if given.patch and (given.beside or given.view != ["raw"]):
+        flags.error("--patch goes without --view and --beside")
     if given.patch:
         rows, name = patch(given.run), "patch.jsonl"
         print_patch(rows)
@@ -712,7 +721,7 @@ def main():
         beside = read_rows(Path(given.beside) / "probe.jsonl") if given.beside else []
         rows, name = probe(given.run, given.view), "probe.jsonl"
         for view in dict.fromkeys(given.view):
-            of_view = ([row for row in some if row["view"] == view] for some in (rows, beside))
+            of_view = [[row for row in some if row["view"] == view] for some in (rows, beside)]
             print_report(given.run, *of_view)
     print(f"\n{len(rows):,} rows in {Path(given.run) / name}")
 

@@ -938,7 +938,7 @@ BAD_TASKS = {
         "--warmup 1", "--lr inf", "--device tpu", "--resume", "--n-mappings 11", "--n-lay 3", "--tasks .",
         "--n-head 0", "--seed x")],
     *[(probe, argv) for argv in ("", "nowhere", ".", "a b", "--k 3", ". --patch", ". --view upside-down",
-                                 ". --beside nowhere")]])
+                                 ". --beside nowhere", ". --patch --view raw centred")]])
 def test_bad_flags_give_one_line_and_status_2_and_write_nothing(module, argv, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert exit_status(module, *argv.split()) == 2
