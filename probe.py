@@ -31,7 +31,7 @@ from train import (CAPTURED, make_generator, make_model, observe, pick_device, r
 
 # ---------------------------------------------------------------- k-means
 
-GROUP = 4_000_000       # distances worked on at a time, about what a core's cache holds
+GROUP = 4_000_000       # distances worked on at a time: 16 MB, about what a cache holds
 ROUNDING = 1e-6         # squared distances below this share of the points' variance are taken for 0
 SHORT = 10              # iterations after which only the best start goes on
 FAR = 1e18              # the coordinates of a centroid that no point is to choose
@@ -44,7 +44,8 @@ def kmeans(x, k: int, n_init: int = 8, max_iter: int = 100, seed: int = 0):
     x (..., N, C): leading dimensions are a batch, whose members come out as they would alone. Returns labels
     (..., N) int64, centroids (..., k, C) and inertia (...), the sum of squared distances to the centroids. A
     cluster that loses its last point is sown anew at the point farthest from its centroid; if there are fewer
-    distinct points than k, the clusters left over stay empty and their centroids are nan.
+    distinct points than k, the clusters left over stay empty and their centroids are nan. Points count as one
+    if they are closer than a thousandth of the standard deviation, beyond what float32 tells apart.
     Raises ValueError for k outside 1..N and for values that are not finite.
     """
     x, k = torch.as_tensor(x), int(k)
@@ -429,19 +430,12 @@ VIEWS = {       # what is done to the states (..., n, C) of a split, whose ident
 }
 
 
-def captured(run: str | Path) -> tuple[list[int], dict]:
-    """The steps at which a run was captured, and position -> split -> identity -> (n,) labels of the states.
-
-    Raises ValueError if nothing was captured.
-    """
-    folder, labels = Path(run) / "states", {}
-    steps = sorted(int(path.stem) for path in folder.glob("[0-9]*.npz"))
+def captured(run: str | Path) -> list[int]:
+    """The steps at which a run was captured. Raises ValueError if there are none."""
+    steps = sorted(int(path.stem) for path in (Path(run) / "states").glob("[0-9]*.npz"))
     if not steps:
         raise ValueError(f"{run} has no captures: train it first")
-    for name, ids in read_arrays(folder / "labels.npz").items():
-        split, position, identity = name.split("/")
-        labels.setdefault(position, {}).setdefault(split, {})[identity] = ids
-    return steps, labels
+    return steps
 
 
 def load(run: str | Path, steps: list[int], split: str, position: str, n: int) -> torch.Tensor:
@@ -457,16 +451,11 @@ def load(run: str | Path, steps: list[int], split: str, position: str, n: int) -
     return torch.from_numpy(np.stack(states))
 
 
-def surface(data: Dataset, ids: dict) -> dict[str, torch.Tensor]:
-    """No network at all: split -> (1, 1, n, F), how often each token and bigram is in an instruction.
-
-    Raises ValueError if ids, the identities of each split, are not those of the data.
-    """
+def surface(data: Dataset) -> dict[str, torch.Tensor]:
+    """No network at all: split -> (1, 1, n, F), how often each token and bigram is in an instruction."""
     bags = {}
     for name in CAPTURED:
         split = data.splits[name]
-        if not np.array_equal(split.labels("instruction")["task"], ids[name]["task"]):
-            raise ValueError("labels.npz does not fit the run's tasks.json and config.json: train it again")
         texts = (split.tokens[row, :column].tolist() for row, column in zip(*split.positions["instruction"]))
         bags[name] = [Counter([*text, *zip(text, text[1:])]) for text in texts]
     grams = {gram: None for some in bags.values() for bag in some for gram in bag}
@@ -475,31 +464,34 @@ def surface(data: Dataset, ids: dict) -> dict[str, torch.Tensor]:
 
 
 def scores(states: torch.Tensor, ids: dict[str, np.ndarray], known=None, seed: int = 0):
-    """Yield (identity, measure, labels, score) for states (S, L + 1, n, C); score(labels) is (S, L + 1).
+    """Yield (identity, measure, labels, regex, score) for states (S, L + 1, n, C).
 
-    `known`, if given, is states and identities to find neighbours among. k-means is fitted to these states:
-    the question is whether there are clusters, not whether those of others are found again.
+    score(labels) is (S, L + 1). regex (n,) numbers the regexes of the states where labels are their tasks, or
+    is None. `known`, if given, is states and identities to find neighbours among. k-means is fitted to these
+    states: the question is whether there are clusters, not whether those of others are found again.
     """
+    task = ids["task"]
+    pair = task * (1 + ids["distribution"].max()) + ids["distribution"]     # shuffled, a regex has many tasks
+    _, one, regex = np.unique(pair, return_index=True, return_inverse=True)
     for identity, classes in ids.items():
         classes = np.unique(classes, return_inverse=True)[1]
         clusters = kmeans(states, classes.max() + 1, seed=seed)[0].numpy()          # (S, L + 1, n)
         for name, measure in MEASURES.items():
-            yield identity, name, classes, lambda c: measure(c, clusters)
-    task, regex = ids["task"], ids["task"] * (1 + ids["distribution"].max()) + ids["distribution"]
-    yield "task", "nc1", task, lambda c: np.stack([nc1(x, c) for x in states])
-    _, one, regex = np.unique(regex, return_index=True, return_inverse=True)
+            yield (identity, name, classes, regex if identity == "task" else None,
+                   lambda c, measure=measure, clusters=clusters: measure(c, clusters))
+    yield "task", "nc1", task, regex, lambda c: np.stack([nc1(x, c) for x in states])
     centroids = torch.stack([means(x.float(), regex) for x in states])
     distances = torch.cdist(centroids, centroids, compute_mode="donot_use_mm_for_euclid_dist")
-    yield "task", "merge_ratio", task[one], lambda c: merge_ratio(distances, c)
+    yield "task", "merge_ratio", task[one], None, lambda c: merge_ratio(distances, c)
     if known:
         others, of_others = known
         near = torch.stack([knn(a, b, min(NEIGHBOURS, len(a))) for a, b in
                             zip(others.flatten(0, 1), states.flatten(0, 1))])
         near = near.view(*states.shape[:3], -1).numpy()                             # (S, L + 1, n, K)
-        yield "task", "knn_share", of_others["task"], lambda c: (c[near] == task[:, None]).mean((2, 3))
+        yield "task", "knn_share", of_others["task"], None, lambda c: (c[near] == task[:, None]).mean((2, 3))
         for identity in (key for key in ids if key in ("task", "output")):
-            yield identity, f"knn_{identity}", of_others[identity], lambda c: (
-                vote(c[near]) == ids[identity]).mean(2)
+            yield (identity, f"knn_{identity}", of_others[identity], None,
+                   lambda c, own=ids[identity]: (vote(c[near]) == own).mean(2))
 
 
 def progress(text: str):
@@ -508,12 +500,26 @@ def progress(text: str):
         print(f"\r\x1b[K{text}", end="\r", file=sys.stderr, flush=True)
 
 
-def rows_of(score, labels: np.ndarray, seed: int, steps: list[int], **where) -> list[dict]:
-    """Rows of probe.jsonl: score(labels), an array (S, L + 1), beside the same for permuted labels."""
-    orders = (torch.randperm(len(labels), generator=make_generator(seed, "null", i)) for i in range(N_NULL))
-    values, null = score(labels), np.stack([score(labels[order]) for order in orders])
-    high = np.quantile(null, 0.05 if where["measure"] in LOWER else 0.95, 0)
-    columns = {"value": values, "null_mean": null.mean(0), "null_95": high}
+def rows_of(score, labels, regex, seed: int, steps: list[int], **where) -> list[dict]:
+    """Rows of probe.jsonl: score(labels), an array (S, L + 1), beside the same for permuted labels.
+
+    Given the regex of each state there is a harder null, too, regrouped: the states of a regex stay together,
+    and the regexes are dealt to the tasks at random.
+    """
+    def shuffled(array):
+        generators = (make_generator(seed, "null", i) for i in range(N_NULL))
+        return (array[torch.randperm(len(array), generator=g).numpy()] for g in generators)
+
+    values, low = score(labels), where["measure"] in LOWER
+    nulls = {"null": [score(c) for c in shuffled(labels)], "regrouped": [np.full(values.shape, np.nan)]}
+    if regex is not None:
+        of_regex = labels[np.unique(regex, return_index=True)[1]]
+        nulls["regrouped"] = [score(c[regex]) for c in shuffled(of_regex)]
+    columns = {"value": values}
+    for name, null in nulls.items():
+        columns[name + "_mean"] = np.mean(null, 0)
+        columns[name + "_95"] = (np.quantile(null, 0.05, 0, method="lower") if low else
+                                 np.quantile(null, 0.95, 0, method="higher"))
     return [{"step": steps[s], "layer": layer, **where,
              **{name: None if math.isnan(x[s, layer]) else float(x[s, layer]) for name, x in columns.items()}}
             for s, layer in np.ndindex(values.shape)]
@@ -523,12 +529,14 @@ def probe(run: str | Path, views=("raw",)) -> list[dict]:
     """Score every capture of a run, at every layer, position and split, by every identity.
 
     Writes and returns the rows of probe.jsonl: step, layer, position, split, identity, measure, view, value,
-    null_mean and null_95; a number that is not defined is None. Position `surface` is no network's: counts of
-    the instruction's tokens and bigrams, step 0. View `centred` is only for states that have seen an input.
+    null_mean, null_95, and for clusterings by task regrouped_mean and regrouped_95; a number that is not
+    defined is None. Position `surface` is no network's: counts of the instruction's tokens and bigrams, step
+    0. View `centred` is only for states that have seen an input.
     """
-    seed, rows, (steps, labels) = read_config(run).seed, [], captured(run)
-    bags = surface(read_data(run), labels["instruction"])
-    labels["surface"] = labels["instruction"]
+    seed, steps, data, rows = read_config(run).seed, captured(run), read_data(run), []
+    labels = {position: {split: data.splits[split].labels(position) for split in CAPTURED}
+              for position in data.splits["val"].positions}     # position -> split -> identity -> (n,)
+    labels["surface"], bags = labels["instruction"], surface(data)
     parts = [(view, position, split) for view, position, split in
              itertools.product(dict.fromkeys(views), labels, CAPTURED)
              if view != "centred" or "input" in labels[position][split]]
@@ -540,8 +548,9 @@ def probe(run: str | Path, views=("raw",)) -> list[dict]:
             states = VIEWS[view](states.float(), ids)
         if split == "subset":           # which comes first: the points that neighbours are sought among
             known = states, ids
-        for identity, measure, of, score in scores(states, ids, None if split == "subset" else known, seed):
-            rows += rows_of(score, of, seed, at, position=position, split=split, identity=identity,
+        for identity, measure, of, regex, score in scores(
+                states, ids, None if split == "subset" else known, seed):
+            rows += rows_of(score, of, regex, seed, at, position=position, split=split, identity=identity,
                             measure=measure, view=view)
     progress("")
     write(Path(run) / "probe.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
@@ -562,12 +571,14 @@ def print_report(run: str | Path, rows: list[dict], beside: list[dict] = ()):
         return {tuple(row[key] for key in ("position", "identity", "measure", "step", "layer")): row
                 for row in some if row["split"] == "val"}
 
-    def line(head, *key, of, column="value"):
-        cells = [of[*key, layer][column] for layer in layers if (*key, layer) in of]
+    def line(head, *key, of, column="value", bound=False):
+        at = [of[*key, layer] for layer in layers if (*key, layer) in of]
         shades = " " * 5 if key[2] in LOWER else " ░▒▓█"
-        if cells:
-            print(f"{head:30}" + "".join(f"{'-':>7} " if x is None else
-                                         f"{x:7.2f}{shades[max(0, min(4, int(5 * x)))]}" for x in cells))
+        if at:
+            print(f"{head:30}" + "".join(
+                f"{'-':>7} " if row[column] is None else
+                f"{row[column]:7.2f}{shades[max(0, min(4, int(5 * row[column])))]}" for row in at
+            ) + (f"   null {at[-1]['null_95']:.2f}" if bound else ""))
 
     here, there = val(rows), val(beside)
     steps, layers = (sorted({row[key] for row in rows}) for key in ("step", "layer"))
@@ -580,26 +591,28 @@ def print_report(run: str | Path, rows: list[dict], beside: list[dict] = ()):
         for step in steps:
             line(f"{step:8}{accuracy.get(step, math.nan):12.3f}", *key, step, of=here)
         line("  null: labels permuted, 95 %", *key, steps[-1], of=here, column="null_95")
+        line("  null: regexes regrouped, 95 %", *key, steps[-1], of=here, column="regrouped_95")
         if key[0] == "instruction":
             line("  surface: counts, no network", "surface", *key[1:], 0, of=here)
         line("  the run beside, at its end", *key, max((key[3] for key in there), default=0), of=there)
 
-    print(f"\nThe other scores, val, step {steps[-1]}  {numbers}")
+    print(f"\nThe other scores, val, step {steps[-1]} (of nc1 and merge_ratio less is more). At the end\n"
+          f"the null of the last layer    {numbers}")
     for position, identity, measure in scored:
         if measure == "f1" or measure.startswith("knn") or (position, identity) == ("instruction", "task"):
             at = 0 if position == "surface" else steps[-1]
-            line(f"{position} {identity} {measure}", position, identity, measure, at, of=here)
+            line(f"{position} {identity} {measure}", position, identity, measure, at, of=here, bound=True)
 
     first = (next((step for step, x in accuracy.items() if x > level), "no step") for level in (0.5, 0.9))
     print("\nWhat comes first, the cluster or the answer? Val accuracy passes 0.5 at step {}, 0.9 at {}.\n"
-          "Pairwise F1 (val): from which step on it is beyond its null's 95 % / when it is at 90 % of its end"
+          "Pairwise F1: from which step on it is beyond its null (task: regrouped) / is at 90 % of its end"
           .format(*first) + f"\n{'':30}{numbers}")
     for position, identity, measure in scored:
         if measure == "f1" and position != "surface":
-            cells = []
+            null, cells = "regrouped_95" if identity == "task" else "null_95", []
             for layer in layers:
                 at = [here[position, identity, measure, step, layer] for step in steps]
-                since = onset(steps, [row["value"] > row["null_95"] for row in at])
+                since = onset(steps, [row["value"] > row[null] for row in at])
                 near = next(step for step, row in zip(steps, at) if row["value"] >= 0.9 * at[-1]["value"])
                 cells.append("-" if since is None else f"{since}/{near}")
             print(f"{position + ' ' + identity:30}" + "".join(f"{cell:>8}" for cell in cells))
@@ -608,14 +621,18 @@ def print_report(run: str | Path, rows: list[dict], beside: list[dict] = ()):
 # ---------------------------------------------------------------- the causal test
 
 
-def donors(split: Split, read: dict[str, np.ndarray], seed: int) -> np.ndarray:
-    """(N,): for each prompt another with its input, its columns and another output; -1 if there is none."""
-    alike, rng = {}, random.Random(f"{seed}/donors")
-    keys = list(zip((x.input for x in split.instances), *(columns.tolist() for columns in read.values())))
+def donors(split: Split, read: dict[str, np.ndarray], tasks: set[int], seed: int) -> np.ndarray:
+    """(N,): for each prompt another with its input, its columns and another output; -1 if there is none.
+
+    Both are of these tasks.
+    """
+    alike, rng, x = {}, random.Random(f"{seed}/donors"), split.instances
+    keys = list(zip((one.input for one in x), *(columns.tolist() for columns in read.values())))
     for i, key in enumerate(keys):
-        alike.setdefault(key, []).append(i)
-    output = split.identities["output"].tolist()
-    others = ([j for j in alike[key] if output[j] != output[i]] for i, key in enumerate(keys))
+        if x[i].task in tasks:
+            alike.setdefault(key, []).append(i)
+    others = ([j for j in alike.get(key, ()) if x[j].output != x[i].output and x[i].task in tasks]
+              for i, key in enumerate(keys))
     return np.array([rng.choice(some) if some else -1 for some in others])
 
 
@@ -655,7 +672,7 @@ def patch(run: str | Path) -> list[dict]:
         raise ValueError(f"{run} has no checkpoint: train it first")
     val, subset, generator = data.splits["val"], data.splits["subset"], make_generator(cfg.seed, "patch")
     read = {position: columns[val.state_of(position)] for position, (_, columns) in val.positions.items()}
-    donor = donors(val, read, cfg.seed)
+    donor = donors(val, read, {x.task for x in subset.instances}, cfg.seed)     # centroids are of subset
     if (donor < 0).all():
         raise ValueError("no two prompts of val have one input and two outputs: there is nothing to exchange")
     centroids = {position: means(torch.from_numpy(x).float(), subset.labels(position)["task"]).to(device)
@@ -696,7 +713,8 @@ def print_patch(rows: list[dict]):
     shares = {(row["position"], row["patch"], row["layer"]): row for row in rows}
     layers = sorted({row["layer"] for row in rows})
     print(f"Is the answer read from there? States of {rows[0]['n']:,} val prompts, exchanged at one layer:\n"
-          "the share of answers that become the donor's, of another task / that stay right\n"
+          "the share of answers that become the donor's, of another task / that stay right.\n"
+          "Where `span donor` changes nothing, no state of the instruction is read any more.\n"
           f"{'':26}layer" + "".join(f"{layer:2}         " for layer in layers))
     for position, name in dict.fromkeys(key[:2] for key in shares):
         cells = (shares[position, name, layer] for layer in layers)
@@ -719,6 +737,9 @@ def main():
         print_patch(rows)
     else:
         beside = read_rows(Path(given.beside) / "probe.jsonl") if given.beside else []
+        for view in given.view if given.beside else ():
+            if all(row.get("view") != view for row in beside):
+                raise ValueError(f"{given.beside} has no scores of view {view}: probe it with --view {view}")
         rows, name = probe(given.run, given.view), "probe.jsonl"
         for view in dict.fromkeys(given.view):
             of_view = [[row for row in some if row["view"] == view] for some in (rows, beside)]

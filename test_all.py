@@ -778,17 +778,13 @@ def test_standardised_coordinates_weigh_the_same():
 
 
 def test_surface_counts_letters_and_pairs_of_letters(dataset):
-    ids = {name: split.labels("instruction") for name, split in dataset.splits.items()}
-    bags = probe.surface(dataset, ids)
-    for name, x in bags.items():
+    for name, x in probe.surface(dataset).items():
         texts = list(dict.fromkeys(i.instruction for i in dataset.splits[name].instances))
         assert x.shape[:3] == (1, 1, len(texts))
         for i, j in (0, 1), (2, 40), (5, 5):        # squared distances do not depend on the columns' order
             a, b = (Counter([*texts[t], *zip(texts[t], texts[t][1:])]) for t in (i, j))
             expected = sum((a[gram] - b[gram]) ** 2 for gram in {*a, *b})
             assert (x[0, 0, i] - x[0, 0, j]).square().sum() == expected
-    with pytest.raises(ValueError, match="does not fit"):
-        probe.surface(dataset, {name: {"task": labels["task"][::-1]} for name, labels in ids.items()})
 
 
 def test_shuffled_tasks_are_random_and_still_obey_their_maps():
@@ -807,6 +803,19 @@ def test_shuffled_tasks_are_random_and_still_obey_their_maps():
     assert abs(chi2 - df) < 4 * math.sqrt(2 * df)
 
 
+def test_regexes_that_clump_beat_one_null_and_only_merged_tasks_beat_both():
+    regex = np.arange(600) % 30
+    task, merged = regex // 3, regex // 3                           # 10 tasks of 3 regexes
+    by_regex = np.random.default_rng(0).permutation(30)[regex] // 3     # 3 regexes each, of whatever task
+    cases = (by_regex, (True, False)), (merged, (True, True)), (np.arange(600) // 60, (False, False))
+    for clusters, beats in cases:
+        row, = probe.rows_of(lambda c: np.array([[probe.f1(c, clusters)]]), task, regex, 0, [0], measure="f1")
+        assert tuple(row["value"] > row[null + "_95"] for null in ("null", "regrouped")) == beats
+        one, = probe.rows_of(lambda c: np.array([[-probe.f1(c, clusters)]]), task, None, 0, [0],
+                             measure="nc1")         # less is more
+        assert one["regrouped_95"] is None and (one["value"] < one["null_95"]) == beats[0]
+
+
 def test_onset_is_the_step_after_which_it_always_holds():
     steps = [0, 1, 2, 4, 8]
     for holds, step in ("00111", 2), ("10101", 8), ("11111", 0), ("11110", None), ("00000", None):
@@ -816,12 +825,12 @@ def test_onset_is_the_step_after_which_it_always_holds():
 def test_probe_rows_are_complete_and_layer_0_is_its_null(run):
     rows = probe.probe(run, ["raw", "centred", "standardised"])
     assert rows == lines(run / "probe.jsonl")
-    fields = "step layer position split identity measure view value null_mean null_95"
-    assert all(" ".join(row) == fields for row in rows)
-    captures, labels = probe.captured(run)
+    fields = "step layer position split identity measure view value null_mean null_95 "
+    assert all(" ".join(row) == fields + "regrouped_mean regrouped_95" for row in rows)
+    captures, data = probe.captured(run), train.read_data(run)
     for view, position in itertools.product(probe.VIEWS, ("instruction", "answer", "surface")):
         some = [row for row in rows if (row["view"], row["position"]) == (view, position)]
-        ids = labels["answer" if position == "answer" else "instruction"]["val"]
+        ids = data.splits["val"].labels("answer" if position == "answer" else "instruction")
         each = len(ids) * len(probe.MEASURES) + 2               # in every split; and in val and ood
         each = 3 * each + 2 * (3 if position == "answer" else 2)
         states = 1 if position == "surface" else 3 * len(captures)
@@ -850,7 +859,8 @@ def test_patching_gives_what_another_way_of_patching_gives(skilled):
     d, net = load_model(skilled)
     val = d.splits["val"]
     read = {p: columns[val.state_of(p)] for p, (_, columns) in val.positions.items()}
-    donor, x = probe.donors(val, read, 0), val.instances
+    donor, x = probe.donors(val, read, set(range(4)), 0), val.instances
+    assert not set(probe.donors(val, read, {0, 1}, 0)) - {-1, *(i for i in range(len(x)) if x[i].task < 2)}
     chosen = np.flatnonzero(donor >= 0)
     assert len(chosen) == rows[0, "span", "donor"]["n"] > 40
     for i in chosen:
@@ -978,7 +988,8 @@ def damage(name, how):
     (damage("", "cut"), "cannot be read"), (damage("states/labels.npz", "cut"), "cannot be read"),
     (damage("", lambda x: x * np.nan), "nan or infinity"), (damage("", lambda x: x[:, :-1]), "do not fit"),
     (damage("", lambda x: x[..., 1:]), "do not fit"),
-    (damage("states/labels.npz", lambda x: x[:-1]), "do not fit|does not fit"),
+    (damage("states/labels.npz", lambda x: x[:-1]), "does not fit"),
+    (damage("states/labels.npz", lambda x: x[::-1]), "does not fit"),
     (damage("metrics.jsonl", "cut"), "damaged")])
 def test_a_damaged_capture_is_noticed(run, change, complaint, tmp_path, capsys):
     copy = tmp_path / "run"
@@ -987,6 +998,31 @@ def test_a_damaged_capture_is_noticed(run, change, complaint, tmp_path, capsys):
     (copy / "probe.jsonl").unlink(missing_ok=True)
     assert exit_status(probe, copy) == 2
     assert re.fullmatch(rf"error: [^\n]*({complaint})[^\n]*\n", capsys.readouterr().err)
+
+
+def test_one_task_with_one_regex_is_probed_without_a_fuss(tmp_path):
+    task = {**WORDS["tasks"][0], "distributions": WORDS["tasks"][0]["distributions"][:1]}
+    (tmp_path / "lone.json").write_text(json.dumps({"tokens": "words", "tasks": [task]}))
+    cfg = {**TINY, "tasks": str(tmp_path / "lone.json"), "out": str(tmp_path / "run")}
+    out = train.train(train.Config(**cfg))
+    for row in probe.probe(out):
+        if row["identity"] in ("task", "distribution"):
+            assert row["value"] == row["null_95"] == 1 or row["value"] is row["null_95"] is None
+    with pytest.raises(ValueError, match="nothing to exchange"):
+        probe.patch(out)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"text", None, 100, 5000])
+def test_a_damaged_checkpoint_is_noticed(run, tmp_path, content, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    whole = (copy / "ckpt.pt").read_bytes()
+    if content is None:                         # one byte changed in the middle
+        content = bytearray(whole)
+        content[len(whole) // 2] ^= 255
+    (copy / "ckpt.pt").write_bytes(whole[:-content] if isinstance(content, int) else content)
+    assert exit_status(probe, copy, "--patch") == 2
+    assert re.fullmatch(r"error: [^\n]*ckpt.pt is damaged[^\n]*\n", capsys.readouterr().err)
 
 
 def test_patching_needs_a_checkpoint(run, tmp_path, capsys):
@@ -1005,10 +1041,12 @@ def test_commands_run_from_the_shell(tmp_path):
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in TINY.items()]
     trained = shell("train.py", "--preset", "quick", "--out", tmp_path / "run", *flags)
     assert trained.returncode == 0 and trained.stdout.endswith(f"next: python probe.py {tmp_path / 'run'}\n")
-    probed = shell("probe.py", tmp_path / "run")
+    probed = shell("probe.py", tmp_path / "run", "--view", "centred", "raw")
     assert probed.returncode == 0 and "null: labels permuted" in probed.stdout and not probed.stderr
-    again = shell("probe.py", tmp_path / "run", "--view", "centred", "raw", "--beside", tmp_path / "run")
+    again = shell("probe.py", tmp_path / "run", "--beside", tmp_path / "run")
     assert again.returncode == 0 and again.stdout.count("the run beside") == 2 and not again.stderr
+    wrong = shell("probe.py", tmp_path / "run", "--beside", tmp_path / "run", "--view", "centred")
+    assert wrong.returncode == 2 and "has no scores of view centred" in wrong.stderr
     patched = shell("probe.py", tmp_path / "run", "--patch")
     assert patched.returncode == 0 and "random shift" in patched.stdout and not patched.stderr
     wrong = shell("train.py", "--frobnicate")

@@ -16,6 +16,7 @@ import platform
 import random
 import shutil
 import time
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,11 +73,6 @@ def read_config(run: str | Path) -> Config:
         raise ValueError(f"{run} is not a run folder, make one with train.py (config.json: {e!r})") from None
 
 
-def read_data(run: str | Path) -> Dataset:
-    """The data of a run folder, made again from its own tasks.json."""
-    return make_dataset(dataclasses.replace(read_config(run), tasks=str(Path(run) / "tasks.json")))
-
-
 def read_rows(path: str | Path) -> list[dict]:
     """The rows of a .jsonl file. Raises ValueError, naming it, if it is damaged."""
     try:
@@ -92,6 +88,23 @@ def read_arrays(path: str | Path, *names: str) -> dict[str, np.ndarray]:
             return {name: arrays[name] for name in names or arrays.files}
     except Exception as e:          # a file that was cut short can raise nearly anything
         raise ValueError(f"{path} cannot be read, train the run again: {e!r}") from None
+
+
+def labels_of(data: Dataset) -> dict[str, np.ndarray]:
+    """The content of labels.npz: "split/position/identity" -> (n,), a label for each state of a capture."""
+    return {f"{name}/{position}/{identity}": ids
+            for name in CAPTURED for position in data.splits[name].positions
+            for identity, ids in data.splits[name].labels(position).items()}
+
+
+def read_data(run: str | Path) -> Dataset:
+    """The data of a run folder, made again from its tasks.json. Raises ValueError if its labels differ."""
+    data = make_dataset(dataclasses.replace(read_config(run), tasks=str(Path(run) / "tasks.json")))
+    made = labels_of(data)
+    for name, ids in read_arrays(Path(run) / "states" / "labels.npz").items():
+        if not np.array_equal(ids, made.get(name)):
+            raise ValueError(f"{run}: {name} in labels.npz does not fit its other files: train again")
+    return data
 
 
 def make_generator(*key) -> torch.Generator:
@@ -178,22 +191,31 @@ def begin(cfg: Config, data: Dataset, device: torch.device):
     about = {**vars(cfg), "runs_on": str(device), "versions": versions}
     write(aside / "config.json", json.dumps(about, indent=1) + "\n")
     write_tasks(aside / "tasks.json", data.cut_into, data.tasks)
-    write_arrays(aside / "states" / "labels.npz", {
-        f"{name}/{position}/{identity}": ids for name in CAPTURED for position in data.splits[name].positions
-        for identity, ids in data.splits[name].labels(position).items()})
+    write_arrays(aside / "states" / "labels.npz", labels_of(data))
     aside.rename(out)
 
 
 def restore(out: Path, model: GPT, optimizers: list[torch.optim.Optimizer]) -> list[dict]:
-    """Set model and optimisers to a run's checkpoint; return its metrics up to there, [] if there is none."""
+    """Set model and optimisers to a run's checkpoint; return its metrics up to there, [] if there is none.
+
+    Raises ValueError for a checkpoint that is damaged, or of another network, or beyond the metrics.
+    """
     if not (out / "ckpt.pt").exists():
         return []
-    saved = torch.load(out / "ckpt.pt", map_location=model.token.weight.device, weights_only=True)
-    model.load_state_dict(saved["model"])
-    for optimizer, state in zip(optimizers, saved["optimizers"]):
-        optimizer.load_state_dict(state)
-    rows = [row for row in read_rows(out / "metrics.jsonl") if row["step"] <= saved["step"]]
-    if not rows or rows[-1]["step"] != saved["step"]:
+    try:
+        with zipfile.ZipFile(out / "ckpt.pt") as parts:     # torch does not look at the checksums it writes
+            if parts.testzip():
+                raise ValueError(f"{parts.testzip()} has changed")
+        saved = torch.load(out / "ckpt.pt", map_location=model.token.weight.device, weights_only=True)
+        model.load_state_dict(saved["model"])
+        for optimizer, state in zip(optimizers, saved["optimizers"]):
+            optimizer.load_state_dict(state)
+        step = int(saved["step"])
+    except Exception as e:          # a damaged file can raise nearly anything
+        raise ValueError(f"{out}/ckpt.pt is damaged or does not fit, begin another --out: {e!r:.200}"
+                         ) from None
+    rows = [row for row in read_rows(out / "metrics.jsonl") if row["step"] <= step]
+    if not rows or rows[-1]["step"] != step:
         raise ValueError(f"{out}/metrics.jsonl ends before the checkpoint: begin another --out")
     return rows
 
