@@ -591,7 +591,7 @@ def print_report(run: str | Path, rows: list[dict], beside: list[dict] = ()):
         for step in steps:
             line(f"{step:8}{accuracy.get(step, math.nan):12.3f}", *key, step, of=here)
         line("  null: labels permuted, 95 %", *key, steps[-1], of=here, column="null_95")
-        line("  null: regexes regrouped, 95 %", *key, steps[-1], of=here, column="regrouped_95")
+        line("  null: regrouped, 95 %", *key, steps[-1], of=here, column="regrouped_95")
         if key[0] == "instruction":
             line("  surface: counts, no network", "surface", *key[1:], 0, of=here)
         line("  the run beside, at its end", *key, max((key[3] for key in there), default=0), of=there)
