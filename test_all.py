@@ -1000,6 +1000,13 @@ def test_a_damaged_capture_is_noticed(run, change, complaint, tmp_path, capsys):
     assert re.fullmatch(rf"error: [^\n]*({complaint})[^\n]*\n", capsys.readouterr().err)
 
 
+def test_a_new_identity_needs_no_new_run(run, tmp_path, monkeypatch):
+    shutil.copytree(run, tmp_path / "run")
+    monkeypatch.setitem(data.IDENTITIES, "initial", lambda x: x.instruction[0])
+    rows = [row for row in probe.probe(tmp_path / "run") if row["identity"] == "initial"]
+    assert {row["position"] for row in rows} == {"instruction", "answer", "surface"}
+
+
 def test_one_task_with_one_regex_is_probed_without_a_fuss(tmp_path):
     task = {**WORDS["tasks"][0], "distributions": WORDS["tasks"][0]["distributions"][:1]}
     (tmp_path / "lone.json").write_text(json.dumps({"tokens": "words", "tasks": [task]}))
