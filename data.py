@@ -331,6 +331,7 @@ def knob(default, why, least=None, most=10 ** 6, choices=()):
 class DataConfig:
     """Every knob of the data; `train.Config` adds the rest."""
     seed: int = knob(0, "every random draw follows from it", least=0, most=2 ** 63)
+    data_seed: int = knob(-1, "of tasks and instructions, if not --seed", least=-1, most=2 ** 63)
     tasks: str = knob("", "a tasks file, in place of random tasks")
     n_tasks: int = knob(16, "random tasks")
     n_distributions: int = knob(3, "regexes a random task, and one more that is held out")
@@ -343,10 +344,17 @@ class DataConfig:
     max_len: int = knob(64, "longest instruction, in characters")
     shuffle_tasks: bool = knob(False, "give every instruction a random task, to be memorised", least=0)
 
+    def seed_of(self, what: str) -> int:
+        """The seed of "data", "init" or "order": its own if it has one, else `seed`."""
+        own = getattr(self, what + "_seed")
+        return self.seed if own < 0 else own
+
     def check(self):
-        """Raises ValueError for a knob outside its range."""
+        """Raises ValueError for a knob of another type or outside its range."""
         for field in dataclasses.fields(self):
             value, may = getattr(self, field.name), field.metadata
+            if type(value) not in (field.type, {float: int}.get(field.type)):
+                raise ValueError(f"{field.name} is {value!r:.60}, it must be of type {field.type.__name__}")
             if may["choices"] and value not in may["choices"]:
                 raise ValueError(f"{field.name} is {value!r}, choose from {', '.join(may['choices'])}")
             if field.type is not str and not may["least"] <= value <= may["most"]:
@@ -385,7 +393,7 @@ def random_tasks(cfg: DataConfig) -> list[Task]:
         if not cfg.n_mappings <= pool <= most:
             raise ValueError(f"{name} is {pool}, it must be from n_mappings ({cfg.n_mappings}) to "
                              f"n_tasks * n_mappings / 2 ({most}), or some word would give its task away")
-    rng, regexes, taken = random.Random(f"{cfg.seed}/tasks"), [], set()
+    rng, regexes, taken = random.Random(f"{cfg.seed_of('data')}/tasks"), [], set()
     names = ("".join(letters) for n in range(1, 6) for letters in product(ascii_uppercase, repeat=n))
     inputs = dict.fromkeys(islice(names, cfg.n_inputs), 0)
     outputs = dict.fromkeys(map(str, range(cfg.n_outputs)), 0)
@@ -418,8 +426,12 @@ def random_tasks(cfg: DataConfig) -> list[Task]:
 def write(path: str | Path, content: str | bytes):
     """Write a file aside and rename it: whoever looks finds the old file or the new one, whole."""
     aside = Path(f"{path}.tmp")
-    aside.write_bytes(content if isinstance(content, bytes) else content.encode())
-    os.replace(aside, path)
+    try:
+        aside.write_bytes(content if isinstance(content, bytes) else content.encode())
+        os.replace(aside, path)
+    except OSError as e:            # a full disk, most likely: a part of the file helps nobody
+        aside.unlink(missing_ok=True)
+        raise OSError(e.errno, e.strerror, str(path)) from None
 
 
 def write_tasks(path: str | Path, cut_into: str, tasks: list[Task]):
@@ -528,7 +540,7 @@ def make_dataset(cfg: DataConfig) -> Dataset:
     for t, task in enumerate(tasks):
         for m, pattern in enumerate((*task.distributions, task.held_out)):
             trained = m < len(task.distributions)
-            rng = random.Random(f"{cfg.seed}/instructions/{number}")
+            rng = random.Random(f"{cfg.seed_of('data')}/instructions/{number}")
             try:                            # distinct strings, so none is in both parts
                 strings = Regex(pattern, cfg.max_len).sample(cfg.n_val + trained * cfg.n_train, rng)
             except ValueError as e:

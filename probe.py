@@ -582,7 +582,8 @@ def print_report(run: str | Path, rows: list[dict], beside: list[dict] = ()):
 
     here, there = val(rows), val(beside)
     steps, layers = (sorted({row[key] for row in rows}) for key in ("step", "layer"))
-    accuracy = {row["step"]: row["acc_val"] for row in read_rows(Path(run) / "metrics.jsonl")}
+    metrics = read_rows(Path(run) / "metrics.jsonl", "step", "acc_val")
+    accuracy = {row["step"]: row["acc_val"] for row in metrics}
     scored = list(dict.fromkeys(key[:3] for key in here))
     numbers = "layer" + "".join(f"{layer:2}      " for layer in layers)
     for key in (key for key in scored if key[1:] == ("task", "f1") and key[0] != "surface"):
@@ -668,7 +669,7 @@ def patch(run: str | Path) -> list[dict]:
     cfg, data = read_config(run), read_data(run)
     device = pick_device(cfg)
     model = make_model(cfg, data).to(device)
-    if not restore(Path(run), model, []):
+    if not restore(Path(run), model, [])[1]:
         raise ValueError(f"{run} has no checkpoint: train it first")
     val, subset, generator = data.splits["val"], data.splits["subset"], make_generator(cfg.seed, "patch")
     read = {position: columns[val.state_of(position)] for position, (_, columns) in val.positions.items()}
@@ -736,7 +737,8 @@ def main():
         rows, name = patch(given.run), "patch.jsonl"
         print_patch(rows)
     else:
-        beside = read_rows(Path(given.beside) / "probe.jsonl") if given.beside else []
+        columns = "view", "split", "position", "identity", "measure", "step", "layer", "value", "null_95"
+        beside = read_rows(Path(given.beside) / "probe.jsonl", *columns) if given.beside else []
         for view in given.view if given.beside else ():
             if all(row.get("view") != view for row in beside):
                 raise ValueError(f"{given.beside} has no scores of view {view}: probe it with --view {view}")

@@ -3,13 +3,16 @@
     make test                              all of it, half a minute on two cores
     .venv/bin/pytest -k regex test_all.py  the claims with that word in their name
 """
+import dataclasses
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -20,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 import data
 import model
@@ -491,6 +494,162 @@ def test_a_resumed_run_equals_one_never_stopped(run, tmp_path, monkeypatch):
     weights, rows, states = outcome(run)
     assert equal(weights, stopped[0]) and rows == stopped[1] and states == stopped[2]
     assert outcome(train.train(cfg, resume=True))[1] == rows                # there is nothing left to do
+
+
+def test_a_run_killed_at_twenty_moments_ends_in_the_same_bits(run, tmp_path):
+    cfg = train.Config(**TINY, eval_every=2, out=str(tmp_path / "killed"))
+    context = multiprocessing.get_context("forkserver")         # children that find torch imported
+    context.set_forkserver_preload(["train"])
+
+    def trained(cfg):
+        process = context.Process(target=train.train, args=(cfg, Path(cfg.out).exists()))
+        process.start()
+        return process
+
+    whole = dataclasses.replace(cfg, out=str(tmp_path / "whole"))
+    for _ in range(2):                                          # the first also starts the server
+        shutil.rmtree(whole.out, ignore_errors=True)
+        start, process = time.perf_counter(), trained(whole)
+        process.join()
+        took = time.perf_counter() - start
+    rng, kills, ends = random.Random(0), 0, 0
+    while kills < 20:
+        process = trained(cfg)
+        process.join(rng.uniform(0, took))
+        if process.exitcode is None:
+            process.kill()                                      # SIGKILL
+            kills += 1
+        elif ends < 3:
+            ends += 1                                           # done before it was killed: from the start
+            shutil.rmtree(cfg.out)
+        process.join()
+    process = trained(cfg)
+    process.join()
+    assert process.exitcode == 0
+    killed, never = outcome(Path(cfg.out)), outcome(Path(whole.out))
+    assert equal(killed[0], never[0]) and killed[1:] == never[1:] and equal(killed[0], outcome(run)[0])
+
+
+def test_ctrl_c_saves_the_step_says_how_to_go_on_and_exits_with_130(run, tmp_path):
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in {**TINY, "epochs": 300}.items()]
+    command = [sys.executable, "-u", "train.py", "--out", tmp_path / "run", *flags]
+    process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while " 1/1200" not in process.stdout.readline():           # so that training is under way
+        pass
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    said, complaint = process.communicate(timeout=60)
+    assert process.returncode == 130 and not complaint
+    going_on = f"python train.py --resume --out {tmp_path}/run"
+    step = int(re.search(rf"stopped and saved at step (\d+); to go on: {going_on}\n", said)[1])
+    cfg = train.read_config(tmp_path / "run")
+    saved = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)
+    assert saved["step"] == step and 1 < step < 1200
+    train.train(cfg, resume=True)
+    whole = train.train(dataclasses.replace(cfg, out=str(tmp_path / "whole")))
+    went_on, never = outcome(tmp_path / "run"), outcome(whole)
+    assert equal(went_on[0], never[0]) and went_on[1:] == never[1:]
+
+
+def test_a_full_disk_leaves_the_run_whole_and_says_so(tmp_path):
+    cfg = train.Config(**TINY, out=str(tmp_path / "run"))
+    size = len(json.dumps(vars(cfg))) + 60_000                  # less than a checkpoint, more than a capture
+    code = (f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size})); "
+            "import data, train; data.command_line(train.main)")
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in TINY.items()]
+    stopped = subprocess.run([sys.executable, "-c", code, "--out", cfg.out, *flags], cwd=HERE,
+                             capture_output=True, text=True)
+    assert stopped.returncode == 2
+    complaint = "ckpt.pt: File too large; make room, then go on with --resume"
+    assert re.fullmatch(rf"error: \S*{complaint}\n", stopped.stderr)
+    assert not list(Path(cfg.out).rglob("*.tmp"))
+    went_on, never = outcome(train.train(cfg, resume=True)), outcome(train.train(
+        dataclasses.replace(cfg, out=str(tmp_path / "whole"))))
+    assert equal(went_on[0], never[0]) and went_on[1:] == never[1:]
+
+
+def test_two_processes_do_not_train_one_run_and_a_killed_one_leaves_no_lock(run, capsys):
+    code = ("import train, time, sys; lock = train.hold(train.Path(sys.argv[1])); "
+            "print(1, flush=True); time.sleep(60)")
+    other = subprocess.Popen([sys.executable, "-c", code, run], cwd=HERE, stdout=subprocess.PIPE)
+    other.stdout.readline()
+    assert exit_status(train, "--out", run, "--resume") == 2
+    assert "being trained by another process" in capsys.readouterr().err
+    assert probe.captured(run)                                  # looking is allowed
+    other.kill()
+    other.wait()
+    assert train.train(train.read_config(run), resume=True) == run
+
+
+def test_a_loss_of_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, capsys):
+    wild = {**TINY, "optimizer": "adamw", "lr": 1e6, "weight_decay": 1e6, "warmup": 0}
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in wild.items()]
+    assert exit_status(train, "--out", tmp_path / "run", *flags) == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"error: [^\n]*nan or infinite by step \d+: [^\n]*lower --lr[^\n]*\n", said)
+    saved = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)
+    assert all(p.isfinite().all() for p in saved["model"].values())
+
+
+def test_seeds_of_data_weights_and_order_are_apart(tmp_path):
+    def made(**seeds):
+        out = train.train(train.Config(**{**TINY, "epochs": 1, **seeds}, out=str(tmp_path / str(seeds))))
+        start = np.load(out / "states" / "000000.npz")["val/answer"]
+        return (out / "tasks.json").read_text(), start.tobytes(), outcome(out)[1][-1]["loss"]
+
+    plain = made()
+    assert made(data_seed=0, init_seed=0, order_seed=0) == plain
+    for name, same in ("data_seed", (False, False, False)), ("init_seed", (True, False, False)), (
+            "order_seed", (True, True, False)):
+        assert tuple(a == b for a, b in zip(plain, made(**{name: 5}))) == same
+    everything = made(seed=5)
+    assert everything == made(data_seed=5, init_seed=5, order_seed=5)
+    assert all(a != b for a, b in zip(plain, everything))
+
+
+class Bomb:
+    """A pickle that writes a file when it is opened."""
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("name, old, new", [
+    ("tasks.json", "[", "("), ("tasks.json", '"held_out": "', '"held_out": "a'),
+    ("config.json", '"seed": 0', '"seed": 1'),
+    ("config.json", '"n_val": 6', '"n_val": 7'), ("config.json", '"n_val": 6', '"n_val": "6"'),
+    ("config.json", '"n_embd": 16', '"n_embd": 32'), ("metrics.jsonl", '"step": 2', '"step": 3'),
+    ("metrics.jsonl", '"step"', '"stop"')])
+def test_an_altered_file_is_noticed(run, name, old, new, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    path = tmp_path / "run" / name
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    assert exit_status(train, "--out", tmp_path / "run", "--resume") == 2
+    assert re.fullmatch(r"error: [^\n]+\n", capsys.readouterr().err)
+
+
+def test_probing_works_on_what_is_there_yet(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    steps = probe.captured(run)
+    (tmp_path / "run" / "states" / f"{steps[-1]:06d}.npz").unlink()
+    (tmp_path / "run" / "ckpt.pt").unlink()
+    rows = probe.probe(tmp_path / "run")
+    assert {row["step"] for row in rows} == set(steps[:-1])
+    probe.print_report(tmp_path / "run", rows)
+
+
+def test_opening_a_strangers_run_runs_no_code(run, tmp_path, capsys):
+    copy, mark = tmp_path / "run", tmp_path / "run-was-code"
+    shutil.copytree(run, copy)
+    torch.save({"step": 1, "model": Bomb(mark)}, copy / "ckpt.pt")
+    np.savez(max((copy / "states").glob("0*.npz")), **{"val/answer": np.array([Bomb(mark)], dtype=object)})
+    for argv in ("probe", copy), ("probe", copy, "--patch"), ("train", "--out", copy, "--resume"):
+        assert exit_status({"probe": probe, "train": train}[argv[0]], *argv[1:]) == 2
+        assert re.fullmatch(r"error: [^\n]+\n", capsys.readouterr().err)
+    assert not mark.exists()
 
 
 @pytest.mark.parametrize("optimizer, loss_on", [("muon", "answer"), ("adamw", "all")])
@@ -1030,6 +1189,68 @@ def test_a_damaged_checkpoint_is_noticed(run, tmp_path, content, capsys):
     (copy / "ckpt.pt").write_bytes(whole[:-content] if isinstance(content, int) else content)
     assert exit_status(probe, copy, "--patch") == 2
     assert re.fullmatch(r"error: [^\n]*ckpt.pt is damaged[^\n]*\n", capsys.readouterr().err)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=5), x, max_size=3), max_leaves=8)
+
+
+@given(st.data())
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_json_is_a_tasks_file_or_a_valueerror(tmp_path, drawn):
+    root = [json.loads(json.dumps(WORDS))]
+    for _ in range(drawn.draw(st.integers(1, 3))):              # something at a random place becomes anything
+        place, key = root, 0
+        while isinstance(place[key], (dict, list)) and place[key] and drawn.draw(st.integers(0, 4)):
+            place = place[key]
+            key = drawn.draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))
+        place[key] = drawn.draw(json_values)
+    (tmp_path / "mine.json").write_text(json.dumps(root[0]))
+    try:
+        data.read_tasks(tmp_path / "mine.json", 40)
+    except ValueError as error:
+        assert str(tmp_path / "mine.json") in str(error)
+
+
+FILES = "config.json", "tasks.json", "metrics.jsonl", "ckpt.pt", "states/labels.npz", "states/000000.npz"
+
+
+@given(st.sampled_from(FILES), st.floats(0, 1), st.integers(0, 3))
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_file_cut_anywhere_gives_no_traceback(run, tmp_path, capsys, name, share, command):
+    copy = tmp_path / "run"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(run, copy)
+    content = (copy / name).read_bytes()
+    (copy / name).write_bytes(content[:int(share * len(content))])
+    module, *argv = [(train, "--out", copy, "--resume"), (probe, copy, "--patch"), (probe, copy),
+                     (data, "--tasks", copy / "tasks.json")][command]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, argv)])
+        patch.setattr(probe, "kmeans", lambda x, *_, **__: [torch.zeros(x.shape[:-1], dtype=int)])  # quick
+        try:
+            data.command_line(module.main)
+        except SystemExit as stop:
+            assert stop.code == 2 and re.fullmatch(r"error: [^\n]+\n", capsys.readouterr().err)
+    capsys.readouterr()
+
+
+@given(st.sampled_from([data, train, probe]), st.lists(st.one_of(
+    st.sampled_from(["--seed", "--lr", "--tasks", "--out", "--preset", "quick", "--resume", "--patch", "raw",
+                     "--view", "--n-tasks", "-1", "0", "3", "1e9", "nan", "", "--", "-h "]),
+    st.text(max_size=6)), max_size=5))
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_flags_give_no_traceback(tmp_path, monkeypatch, capsys, module, argv):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *argv])
+    monkeypatch.setattr(train, "train", lambda *args: None)     # what is asked for may be long
+    try:
+        data.command_line(module.main)
+    except SystemExit as stop:
+        said = capsys.readouterr().err
+        assert stop.code == 0 or stop.code == 2 and re.fullmatch(r"error: [^\n]+\n", said)
+    capsys.readouterr()
 
 
 def test_patching_needs_a_checkpoint(run, tmp_path, capsys):

@@ -10,11 +10,16 @@ choices, since the paper fixes none of it: the sizes, Muon for the blocks' matri
 that AdamW does), a rate that warms up and then falls linearly.
 """
 import dataclasses
+import errno
+import fcntl
+import hashlib
 import io
 import json
+import os
 import platform
 import random
 import shutil
+import signal
 import time
 import zipfile
 from dataclasses import dataclass
@@ -51,6 +56,8 @@ class Config(DataConfig):
     warmup: float = knob(0.1, "share of the steps in which the rate rises, before it falls to 0", most=0.99)
     n_captures: int = knob(20, "how often the states are kept, about")
     eval_every: int = knob(0, "steps between evaluations besides those at captures; 0: no others", least=0)
+    init_seed: int = knob(-1, "of the initial weights, if not --seed", least=-1, most=2 ** 63)
+    order_seed: int = knob(-1, "of the order of the instances, if not --seed", least=-1, most=2 ** 63)
     device: str = knob("auto", "cpu, cuda, or auto: cuda if there is one", choices=("auto", "cpu", "cuda"))
 
 
@@ -69,16 +76,17 @@ def read_config(run: str | Path) -> Config:
         stored = json.loads((Path(run) / "config.json").read_text(encoding="utf-8"))
         stored["versions"]      # a knob that came after the run has its default; this one every run has
         return Config(**{key.name: stored.get(key.name, key.default) for key in dataclasses.fields(Config)})
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise ValueError(f"{run} is not a run folder, make one with train.py (config.json: {e!r})") from None
 
 
-def read_rows(path: str | Path) -> list[dict]:
-    """The rows of a .jsonl file. Raises ValueError, naming it, if it is damaged."""
+def read_rows(path: str | Path, *columns: str) -> list[dict]:
+    """The rows of a .jsonl file. Raises ValueError, naming it, if one is damaged or lacks a column."""
     try:
-        return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    except ValueError as e:
-        raise ValueError(f"{path} is damaged, make it again: {e}") from None
+        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        return [{**row, **{key: row[key] for key in columns}} for row in rows]
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        raise ValueError(f"{path} is damaged, make it again: {e!r:.200}") from None
 
 
 def read_arrays(path: str | Path, *names: str) -> dict[str, np.ndarray]:
@@ -97,9 +105,16 @@ def labels_of(data: Dataset) -> dict[str, np.ndarray]:
             for identity, ids in data.splits[name].labels(position).items()}
 
 
+def digest(data: Dataset) -> str:
+    """Tells data sets apart: a hash of all their tokens."""
+    return hashlib.sha256(b"".join(split.tokens.tobytes() for split in data.splits.values())).hexdigest()
+
+
 def read_data(run: str | Path) -> Dataset:
-    """The data of a run folder, made again from its tasks.json. Raises ValueError if its labels differ."""
+    """The data of a run folder, made again from its tasks.json. Raises ValueError if it is not the same."""
     data = make_dataset(dataclasses.replace(read_config(run), tasks=str(Path(run) / "tasks.json")))
+    if json.loads((Path(run) / "config.json").read_text(encoding="utf-8")).get("data") != digest(data):
+        raise ValueError(f"{run}: tasks.json, config.json or data.py has changed since, train again")
     made = labels_of(data)
     for name, ids in read_arrays(Path(run) / "states" / "labels.npz").items():
         if not np.array_equal(ids, made.get(name)):
@@ -170,7 +185,7 @@ def make_model(cfg: Config, data: Dataset) -> GPT:
     """The network of a run, with its initial weights."""
     length = data.splits["train"].tokens.shape[1] - 1           # the last token has nothing to predict
     return GPT(ModelConfig(len(data.vocabulary), length, cfg.n_layer, cfg.n_head, cfg.n_embd),
-               make_generator(cfg.seed, "weights"))
+               make_generator(cfg.seed_of("init"), "weights"))
 
 
 def make_optimizers(model: GPT, cfg: Config) -> list[torch.optim.Optimizer]:
@@ -184,24 +199,37 @@ def make_optimizers(model: GPT, cfg: Config) -> list[torch.optim.Optimizer]:
 def begin(cfg: Config, data: Dataset, device: torch.device):
     """Make a run folder, aside and then in one move, with all that does not change while it is trained."""
     out = Path(cfg.out)
-    aside = out.with_name(out.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    (aside / "states").mkdir(parents=True)
+    aside = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    about = {**vars(cfg), "runs_on": str(device), "versions": versions}
-    write(aside / "config.json", json.dumps(about, indent=1) + "\n")
-    write_tasks(aside / "tasks.json", data.cut_into, data.tasks)
-    write_arrays(aside / "states" / "labels.npz", labels_of(data))
-    aside.rename(out)
+    about = {**vars(cfg), "data": digest(data), "runs_on": str(device), "versions": versions}
+    try:
+        (aside / "states").mkdir(parents=True)
+        write(aside / "config.json", json.dumps(about, indent=1) + "\n")
+        write_tasks(aside / "tasks.json", data.cut_into, data.tasks)
+        write_arrays(aside / "states" / "labels.npz", labels_of(data))
+        aside.rename(out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)        # there is something only if that failed
 
 
-def restore(out: Path, model: GPT, optimizers: list[torch.optim.Optimizer]) -> list[dict]:
-    """Set model and optimisers to a run's checkpoint; return its metrics up to there, [] if there is none.
+def hold(out: Path):
+    """Keep a run folder to this process for as long as the file that is returned is open, kill or no kill."""
+    file = open(out / "lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f"{out} is being trained by another process: wait for it, or stop it") from None
+    return file
 
-    Raises ValueError for a checkpoint that is damaged, or of another network, or beyond the metrics.
+
+def restore(out: Path, model: GPT, optimizers: list[torch.optim.Optimizer]) -> tuple[int, list, list, float]:
+    """Set model and optimisers to a run's checkpoint; return its step, metrics, losses since, and seconds.
+
+    That is 0, [], [], 0.0 if there is none. Raises ValueError for a checkpoint that is damaged, or of another
+    network.
     """
     if not (out / "ckpt.pt").exists():
-        return []
+        return 0, [], [], 0.0
     try:
         with zipfile.ZipFile(out / "ckpt.pt") as parts:     # torch does not look at the checksums it writes
             if parts.testzip():
@@ -210,23 +238,29 @@ def restore(out: Path, model: GPT, optimizers: list[torch.optim.Optimizer]) -> l
         model.load_state_dict(saved["model"])
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
-        step = int(saved["step"])
+        step, losses, seconds = int(saved["step"]), list(saved["losses"]), float(saved["seconds"])
     except Exception as e:          # a damaged file can raise nearly anything
         raise ValueError(f"{out}/ckpt.pt is damaged or does not fit, begin another --out: {e!r:.200}"
                          ) from None
-    rows = [row for row in read_rows(out / "metrics.jsonl") if row["step"] <= step]
-    if not rows or rows[-1]["step"] != step:
-        raise ValueError(f"{out}/metrics.jsonl ends before the checkpoint: begin another --out")
-    return rows
+    rows = [row for row in read_rows(out / "metrics.jsonl", "step", "seconds") if row["step"] <= step]
+    return step, rows, losses, seconds
 
 
-def record(out: Path, rows: list[dict], model: GPT, optimizers: list[torch.optim.Optimizer]):
-    """Write the metrics so far, and a checkpoint of the model and optimisers that produced the last."""
+def record(out: Path, model: GPT, optimizers: list[torch.optim.Optimizer], step: int, rows: list[dict],
+           losses: list[torch.Tensor], seconds: float):
+    """Write the metrics so far, and a checkpoint: all that `restore` gives back."""
     write(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     buffer = io.BytesIO()
-    torch.save({"step": rows[-1]["step"], "model": model.state_dict(),
+    torch.save({"step": step, "losses": torch.tensor(losses), "seconds": seconds, "model": model.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, buffer)
     write(out / "ckpt.pt", buffer.getvalue())
+
+
+def check_finite(model: GPT, losses: list[torch.Tensor], step: int):
+    """Raises ValueError if a loss or a weight is nan or infinite."""
+    if not all(x.isfinite().all() for x in [*losses, *model.parameters()]):
+        raise ValueError(f"the loss or a weight is nan or infinite by step {step}: begin another --out "
+                         "with a lower --lr or --muon-lr (the last good checkpoint is kept)")
 
 
 def pick_device(cfg: Config) -> torch.device:
@@ -250,10 +284,11 @@ def prepare(cfg: Config, resume: bool) -> tuple[Dataset, torch.device]:
     return (read_data(out) if resume else make_dataset(cfg)), pick_device(cfg)
 
 
-def train(cfg: Config, resume: bool = False) -> Path:
+def train(cfg: Config, resume: bool = False, asked: list = ()) -> Path:
     """Train as cfg says, or go on with the run in cfg.out; return that folder, laid out as README.md tells.
 
-    Raises ValueError, before anything is written, for a configuration that cannot be or a folder in the way.
+    Once `asked` is not empty, the run is saved and KeyboardInterrupt raised. Raises ValueError for a loss that
+    is not finite, and, before anything is written, for a configuration that cannot be or a folder in the way.
     """
     data, device = prepare(cfg, resume)
     out, split = Path(cfg.out), data.splits["train"]
@@ -270,7 +305,11 @@ def train(cfg: Config, resume: bool = False) -> Path:
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     if not resume:
         begin(cfg, data, device)
-    rows = restore(out, model, optimizers)
+    lock = hold(out)
+    first, rows, losses, seconds = restore(out, model, optimizers)
+    due = sorted(step for step in evaluations if step <= first) if rows or first else []
+    if [row["step"] for row in rows] != due:
+        raise ValueError(f"{out}/metrics.jsonl does not fit the checkpoint: begin another --out")
     size = 2 * cfg.n_embd * (cfg.n_layer + 1) * sum(
         len(read) for name in CAPTURED for read, _ in data.splits[name].positions.values())
     weights = sum(p.numel() for p in model.parameters())
@@ -278,25 +317,32 @@ def train(cfg: Config, resume: bool = False) -> Path:
           f"{len(captures)} captures, {len(captures) * size / 1e6:.0f} MB\n\n"
           "       step  epoch    loss  subset     val     ood  tokens/s    left", flush=True)
 
-    first, seconds = (rows[-1]["step"], rows[-1]["seconds"]) if rows else (0, 0.0)
-    losses, order, launched = [], None, time.perf_counter()
+    order, launched = None, time.perf_counter()
     clock = launched                                    # it stops where something else than training is done
     for step in range(first, total + 1):
         epoch, i = divmod(step, per_epoch)
         if step in evaluations and not (rows and rows[-1]["step"] == step):
+            check_finite(model, losses, step)
             loss = torch.stack(losses).mean().item() if losses else None        # waits for the device
             seconds += time.perf_counter() - clock
             rows.append({"step": step, "epoch": step / per_epoch, "loss": loss,
                          **evaluate(model, data, out, step, step in captures), "seconds": seconds})
-            record(out, rows, model, optimizers)
+            losses = []
+            record(out, model, optimizers, step, rows, losses, seconds)
             speed = step * batch * (split.tokens != 0).sum() / len(tokens) / seconds
             left = (total - step) * (time.perf_counter() - launched) / max(1, step - first)
             print_row(rows[-1], total, speed, left)
-            losses, clock = [], time.perf_counter()
+            clock = time.perf_counter()
         if step == total:
             break
+        if asked:
+            check_finite(model, losses, step)
+            record(out, model, optimizers, step, rows, losses, seconds + time.perf_counter() - clock)
+            print(f"stopped and saved at step {step}; to go on: python train.py --resume --out {out}")
+            raise KeyboardInterrupt
         if i == 0 or order is None:
-            order = torch.randperm(len(tokens), generator=make_generator(cfg.seed, "order", epoch)).to(device)
+            generator = make_generator(cfg.seed_of("order"), "order", epoch)
+            order = torch.randperm(len(tokens), generator=generator).to(device)
         chosen = order[i * batch:(i + 1) * batch]
         rate = min((step + 1) / max(1, cfg.warmup * total), (total - step) / ((1 - cfg.warmup) * total))
         for optimizer, peak in zip(optimizers, peaks):
@@ -308,6 +354,7 @@ def train(cfg: Config, resume: bool = False) -> Path:
             optimizer.step()
             optimizer.zero_grad()
         losses.append(loss.detach())
+    lock.close()
     print(f"done; next: python probe.py {out}")
     return out
 
@@ -329,7 +376,19 @@ def main():
     preset, resume = PRESETS[given.pop("preset")], given.pop("resume")
     given = {"out": preset.get("out", Config.out), **given}
     cfg = read_config(given["out"]) if resume else Config(**preset)
-    train(dataclasses.replace(cfg, **given), resume)
+    asked = []                      # Ctrl-C asks to save and stop after the step; a second one stops at once
+
+    def ask(*_):
+        asked.append(True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, ask)
+    try:
+        train(dataclasses.replace(cfg, **given), resume, asked)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise
+        raise ValueError(f"{e.filename}: {e.strerror}; make room, then go on with --resume") from None
 
 
 if __name__ == "__main__":
