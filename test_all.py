@@ -1,6 +1,7 @@
 """Why you may believe it: every test is a claim, checked against something that does not share our code.
 
-    make test                              all of it, half a minute on two cores
+    make test                              all of it, under two minutes on two cores
+    .venv/bin/pytest -k "not slow" test_all.py
     .venv/bin/pytest -k regex test_all.py  the claims with that word in their name
 """
 import dataclasses
@@ -293,6 +294,12 @@ def test_the_tasks_file_of_the_readme_trains(tmp_path):
     assert {row["measure"] for row in probe.probe(out, ["raw", "centred"])} == {*probe.MEASURES, *UNCLUSTERED}
 
 
+def test_every_promise_of_the_readme_is_a_test_here():
+    text = (HERE / "README.md").read_text(encoding="utf-8").split("## What is promised")[1].split("\n## ")[0]
+    names = re.findall(r"`(\w{15,})`", text)
+    assert len(names) > 15 and all(callable(globals()[f"test_{name}"]) for name in names)
+
+
 # ---------------------------------------------------------------- the model
 
 
@@ -496,7 +503,7 @@ def test_a_resumed_run_equals_one_never_stopped(run, tmp_path, monkeypatch):
     assert outcome(train.train(cfg, resume=True))[1] == rows                # there is nothing left to do
 
 
-def test_a_run_killed_at_twenty_moments_ends_in_the_same_bits(run, tmp_path):
+def test_slow_a_run_killed_at_twenty_moments_ends_in_the_same_bits(run, tmp_path):
     cfg = train.Config(**TINY, eval_every=2, out=str(tmp_path / "killed"))
     context = multiprocessing.get_context("forkserver")         # children that find torch imported
     context.set_forkserver_preload(["train"])
@@ -530,7 +537,7 @@ def test_a_run_killed_at_twenty_moments_ends_in_the_same_bits(run, tmp_path):
     assert equal(killed[0], never[0]) and killed[1:] == never[1:] and equal(killed[0], outcome(run)[0])
 
 
-def test_ctrl_c_saves_the_step_says_how_to_go_on_and_exits_with_130(run, tmp_path):
+def test_slow_ctrl_c_saves_says_how_to_go_on_and_exits_with_130(run, tmp_path):
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in {**TINY, "epochs": 300}.items()]
     command = [sys.executable, "-u", "train.py", "--out", tmp_path / "run", *flags]
     process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -1260,7 +1267,7 @@ def test_patching_needs_a_checkpoint(run, tmp_path, capsys):
     assert not (tmp_path / "run" / "patch.jsonl").exists()
 
 
-def test_commands_run_from_the_shell(tmp_path):
+def test_slow_commands_run_from_the_shell(tmp_path):
     def shell(*argv):
         return subprocess.run([sys.executable, *map(str, argv)], cwd=HERE, capture_output=True, text=True)
 

@@ -287,8 +287,8 @@ def prepare(cfg: Config, resume: bool) -> tuple[Dataset, torch.device]:
 def train(cfg: Config, resume: bool = False, asked: list = ()) -> Path:
     """Train as cfg says, or go on with the run in cfg.out; return that folder, laid out as README.md tells.
 
-    Once `asked` is not empty, the run is saved and KeyboardInterrupt raised. Raises ValueError for a loss that
-    is not finite, and, before anything is written, for a configuration that cannot be or a folder in the way.
+    Once `asked` is not empty, the run is saved and KeyboardInterrupt raised. Raises ValueError for a loss
+    that is not finite, and, with nothing written, for a configuration that cannot be or a folder in the way.
     """
     data, device = prepare(cfg, resume)
     out, split = Path(cfg.out), data.splits["train"]
