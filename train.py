@@ -70,6 +70,31 @@ PRESETS = {
 }
 
 
+def make_generator(*key) -> torch.Generator:
+    """A generator for each purpose, e.g. (seed, "order", epoch): no draw depends on any other."""
+    return torch.Generator().manual_seed(random.Random("/".join(map(str, key))).getrandbits(63))
+
+
+def capture_steps(total: int, n: int) -> list[int]:
+    """About n steps from 0 to total: powers of two while those are denser than even steps, then these."""
+    steps, n = [0, 1], min(n, total + 1)
+    while len(steps) < n // 2 and 2 * steps[-1] <= (total - steps[-1]) / (n - len(steps)):
+        steps.append(2 * steps[-1])
+    even = np.linspace(steps[-1], total, max(2, n - len(steps) + 1)).round()
+    return sorted({*steps, *even.astype(int).tolist()})
+
+
+def pick_device(cfg: Config) -> torch.device:
+    """Where to run. Raises ValueError if it is not there."""
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("there is no CUDA device here: use --device cpu")
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(auto if cfg.device == "auto" else cfg.device)
+
+
+# ---------------------------------------------------------------- the run folder
+
+
 def read_config(run: str | Path) -> Config:
     """The configuration of a run folder. Raises ValueError if it is not one."""
     try:
@@ -84,7 +109,9 @@ def read_rows(path: str | Path, *columns: str) -> list[dict]:
     """The rows of a .jsonl file. Raises ValueError, naming it, if one is damaged or lacks a column."""
     try:
         rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-        return [{**row, **{key: row[key] for key in columns}} for row in rows]
+        if not all(key in row for row in rows for key in columns):
+            raise ValueError("every row needs " + ", ".join(columns))
+        return rows
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise ValueError(f"{path} is damaged, make it again: {e!r:.200}") from None
 
@@ -96,6 +123,13 @@ def read_arrays(path: str | Path, *names: str) -> dict[str, np.ndarray]:
             return {name: arrays[name] for name in names or arrays.files}
     except Exception as e:          # a file that was cut short can raise nearly anything
         raise ValueError(f"{path} cannot be read, train the run again: {e!r}") from None
+
+
+def write_arrays(path: Path, arrays: dict[str, np.ndarray]):
+    """Write an .npz file."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    write(path, buffer.getvalue())
 
 
 def labels_of(data: Dataset) -> dict[str, np.ndarray]:
@@ -120,80 +154,6 @@ def read_data(run: str | Path) -> Dataset:
         if not np.array_equal(ids, made.get(name)):
             raise ValueError(f"{run}: {name} in labels.npz does not fit its other files: train again")
     return data
-
-
-def make_generator(*key) -> torch.Generator:
-    """A generator for each purpose, e.g. (seed, "order", epoch): no draw depends on any other."""
-    return torch.Generator().manual_seed(random.Random("/".join(map(str, key))).getrandbits(63))
-
-
-def capture_steps(total: int, n: int) -> list[int]:
-    """About n steps from 0 to total: powers of two while those are denser than even steps, then these."""
-    steps, n = [0, 1], min(n, total + 1)
-    while len(steps) < n // 2 and 2 * steps[-1] <= (total - steps[-1]) / (n - len(steps)):
-        steps.append(2 * steps[-1])
-    even = np.linspace(steps[-1], total, max(2, n - len(steps) + 1)).round()
-    return sorted({*steps, *even.astype(int).tolist()})
-
-
-# ---------------------------------------------------------------- what is measured
-
-
-@torch.no_grad()
-def observe(model: GPT, split: Split, batch: int = 512) -> tuple[float, dict[str, np.ndarray]]:
-    """Task accuracy, and position -> (L + 1, n, C) float16 states.
-
-    The greedy output is exactly the true one if, and only if, each of its tokens and the <eos> after it is
-    the likeliest next token given the true ones before it: one forward pass tells.
-    """
-    device = model.token.weight.device
-    right, states = [], {position: [] for position in split.positions}
-    for start in range(0, len(split.tokens), batch):
-        some = slice(start, start + batch)
-        tokens = torch.from_numpy(split.tokens[some]).to(device)
-        logits, layers = model(tokens[:, :-1])                          # (B, T, V), L + 1 times (B, T, C)
-        wrong = (logits.argmax(-1) != tokens[:, 1:]).cpu().numpy() & split.is_output[some, 1:]
-        right.append(~wrong.any(1))
-        for position, (rows, columns) in split.positions.items():
-            mine = (start <= rows) & (rows < start + batch)
-            read = [x[rows[mine] - start, columns[mine]] for x in layers]
-            states[position].append(torch.stack(read).half().cpu())
-    accuracy = float(np.concatenate(right).mean())
-    return accuracy, {position: torch.cat(parts, 1).numpy() for position, parts in states.items()}
-
-
-def evaluate(model: GPT, data: Dataset, out: Path, step: int, keep: bool) -> dict[str, float]:
-    """Task accuracy on each captured split; if keep, the states become the capture of this step."""
-    seen = {name: observe(model, data.splits[name]) for name in CAPTURED}
-    if keep:
-        write_arrays(out / "states" / f"{step:06d}.npz", {
-            f"{name}/{position}": x for name, (_, states) in seen.items() for position, x in states.items()})
-    return {f"acc_{name}": accuracy for name, (accuracy, _) in seen.items()}
-
-
-def write_arrays(path: Path, arrays: dict[str, np.ndarray]):
-    """Write an .npz file."""
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    write(path, buffer.getvalue())
-
-
-# ---------------------------------------------------------------- training
-
-
-def make_model(cfg: Config, data: Dataset) -> GPT:
-    """The network of a run, with its initial weights."""
-    length = data.splits["train"].tokens.shape[1] - 1           # the last token has nothing to predict
-    return GPT(ModelConfig(len(data.vocabulary), length, cfg.n_layer, cfg.n_head, cfg.n_embd),
-               make_generator(cfg.seed_of("init"), "weights"))
-
-
-def make_optimizers(model: GPT, cfg: Config) -> list[torch.optim.Optimizer]:
-    """AdamW, and for the blocks' matrices Muon (Jordan et al. 2024), which orthogonalises its updates."""
-    muon = [p for p in model.blocks.parameters() if p.dim() == 2] if cfg.optimizer == "muon" else []
-    rest = [p for p in model.parameters() if all(p is not q for q in muon)]
-    adamw = torch.optim.AdamW(rest, cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
-    return [adamw, torch.optim.Muon(muon, cfg.muon_lr, weight_decay=cfg.weight_decay)] if muon else [adamw]
 
 
 def begin(cfg: Config, data: Dataset, device: torch.device):
@@ -256,21 +216,6 @@ def record(out: Path, model: GPT, optimizers: list[torch.optim.Optimizer], step:
     write(out / "ckpt.pt", buffer.getvalue())
 
 
-def check_finite(model: GPT, losses: list[torch.Tensor], step: int):
-    """Raises ValueError if a loss or a weight is nan or infinite."""
-    if not all(x.isfinite().all() for x in [*losses, *model.parameters()]):
-        raise ValueError(f"the loss or a weight is nan or infinite by step {step}: begin another --out "
-                         "with a lower --lr or --muon-lr (the last good checkpoint is kept)")
-
-
-def pick_device(cfg: Config) -> torch.device:
-    """Where to run. Raises ValueError if it is not there."""
-    if cfg.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("there is no CUDA device here: use --device cpu")
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(auto if cfg.device == "auto" else cfg.device)
-
-
 def prepare(cfg: Config, resume: bool) -> tuple[Dataset, torch.device]:
     """The data and the device of a run, or a ValueError if it cannot be, or if a folder is in the way."""
     out = Path(cfg.out)
@@ -282,6 +227,66 @@ def prepare(cfg: Config, resume: bool) -> tuple[Dataset, torch.device]:
         raise ValueError(f"{out} exists: choose another --out, delete it, or go on with it by --resume")
     # a run goes on with the tasks it began with, whatever has become of the file they came from
     return (read_data(out) if resume else make_dataset(cfg)), pick_device(cfg)
+
+
+# ---------------------------------------------------------------- what is measured
+
+
+@torch.no_grad()
+def observe(model: GPT, split: Split, batch: int = 512) -> tuple[float, dict[str, np.ndarray]]:
+    """Task accuracy, and position -> (L + 1, n, C) float16 states.
+
+    The greedy output is exactly the true one if, and only if, each of its tokens and the <eos> after it is
+    the likeliest next token given the true ones before it: one forward pass tells.
+    """
+    device = model.token.weight.device
+    right, states = [], {position: [] for position in split.positions}
+    for start in range(0, len(split.tokens), batch):
+        some = slice(start, start + batch)
+        tokens = torch.from_numpy(split.tokens[some]).to(device)
+        logits, layers = model(tokens[:, :-1])                          # (B, T, V), L + 1 times (B, T, C)
+        wrong = (logits.argmax(-1) != tokens[:, 1:]).cpu().numpy() & split.is_output[some, 1:]
+        right.append(~wrong.any(1))
+        for position, (rows, columns) in split.positions.items():
+            mine = (start <= rows) & (rows < start + batch)
+            read = [x[rows[mine] - start, columns[mine]] for x in layers]
+            states[position].append(torch.stack(read).half().cpu())
+    accuracy = float(np.concatenate(right).mean())
+    return accuracy, {position: torch.cat(parts, 1).numpy() for position, parts in states.items()}
+
+
+def evaluate(model: GPT, data: Dataset, out: Path, step: int, keep: bool) -> dict[str, float]:
+    """Task accuracy on each captured split; if keep, the states become the capture of this step."""
+    seen = {name: observe(model, data.splits[name]) for name in CAPTURED}
+    if keep:
+        write_arrays(out / "states" / f"{step:06d}.npz", {
+            f"{name}/{position}": x for name, (_, states) in seen.items() for position, x in states.items()})
+    return {f"acc_{name}": accuracy for name, (accuracy, _) in seen.items()}
+
+
+# ---------------------------------------------------------------- training
+
+
+def make_model(cfg: Config, data: Dataset) -> GPT:
+    """The network of a run, with its initial weights."""
+    length = data.splits["train"].tokens.shape[1] - 1           # the last token has nothing to predict
+    return GPT(ModelConfig(len(data.vocabulary), length, cfg.n_layer, cfg.n_head, cfg.n_embd),
+               make_generator(cfg.seed_of("init"), "weights"))
+
+
+def make_optimizers(model: GPT, cfg: Config) -> list[torch.optim.Optimizer]:
+    """AdamW, and for the blocks' matrices Muon (Jordan et al. 2024), which orthogonalises its updates."""
+    muon = [p for p in model.blocks.parameters() if p.dim() == 2] if cfg.optimizer == "muon" else []
+    rest = [p for p in model.parameters() if all(p is not q for q in muon)]
+    adamw = torch.optim.AdamW(rest, cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
+    return [adamw, torch.optim.Muon(muon, cfg.muon_lr, weight_decay=cfg.weight_decay)] if muon else [adamw]
+
+
+def check_finite(model: GPT, losses: list[torch.Tensor], step: int):
+    """Raises ValueError if a loss or a weight is nan or infinite."""
+    if not all(x.isfinite().all() for x in [*losses, *model.parameters()]):
+        raise ValueError(f"the loss or a weight is nan or infinite by step {step}: begin another --out "
+                         "with a lower --lr or --muon-lr (the last good checkpoint is kept)")
 
 
 def train(cfg: Config, resume: bool = False, asked: list = ()) -> Path:
