@@ -398,19 +398,21 @@ def random_tasks(cfg: DataConfig) -> list[Task]:
     inputs = dict.fromkeys(islice(names, cfg.n_inputs), 0)
     outputs = dict.fromkeys(map(str, range(cfg.n_outputs)), 0)
 
-    def deal(used):                     # the least used first: all end up in as many tasks, give or take one
-        chosen = sorted(used, key=lambda word: (used[word], rng.random()))[:cfg.n_mappings]
-        used.update({word: used[word] + 1 for word in chosen})
-        return chosen
+    def deal(used, slack):              # the least used first: all end up in as many tasks, give or take one
+        return sorted(used, key=lambda word: used[word] + (1 + slack) * rng.random())[:cfg.n_mappings]
 
     def fresh_map():
-        chosen, partners = deal(inputs), deal(outputs)
-        for _ in range(10_000):
-            rng.shuffle(partners)
-            if taken.isdisjoint(zip(chosen, partners)):
-                taken.update(zip(chosen, partners))
-                return dict(zip(chosen, partners))
-        raise ValueError(f"n_outputs is {cfg.n_outputs}: too few for an input to have another in each task")
+        chosen = deal(inputs, 0)
+        for slack in range(20):         # the outputs less evenly, only where all these pairs are taken
+            partners = deal(outputs, slack)
+            for _ in range(500):
+                rng.shuffle(partners)
+                if taken.isdisjoint(zip(chosen, partners)):
+                    taken.update(zip(chosen, partners))
+                    for used, words in (inputs, chosen), (outputs, partners):
+                        used.update({word: used[word] + 1 for word in words})
+                    return dict(zip(chosen, partners))
+        raise ValueError(f"n_outputs is {cfg.n_outputs}, raise it: an input is to have another in each task")
 
     def fresh_pattern():
         while True:

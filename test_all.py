@@ -251,6 +251,14 @@ def test_input_and_output_alone_do_not_give_the_task_away(dataset):
     assert len({len(x.instruction) for split in dataset.splits.values() for x in split.instances}) == 1
 
 
+def test_random_tasks_are_found_where_pairs_are_scarce():
+    tasks = data.random_tasks(DataConfig(n_tasks=28, n_distributions=1, seed=1))    # 140 of 200 possible pairs
+    pairs = [pair for task in tasks for pair in task.map.items()]
+    assert len(set(pairs)) == len(pairs) == 140
+    uses = Counter(output for _, output in pairs)
+    assert len(uses) == 20 and max(uses.values()) - min(uses.values()) <= 2
+
+
 def test_tokens_read_instruction_sep_input_ans_output_eos(dataset):
     for split in dataset.splits.values():
         ids = {"instruction": "<sep>", "answer": "<ans>"}
