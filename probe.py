@@ -14,7 +14,6 @@ N points, C width, K clusters, (...) a batch: most often captures x layers, (S, 
 """
 import functools
 import itertools
-import json
 import math
 import random
 import sys
@@ -25,9 +24,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import Dataset, Flags, Split, command_line, write
+from data import Dataset, Flags, Split, command_line
 from train import (CAPTURED, make_generator, make_model, observe, pick_device, read_arrays, read_config,
-                   read_data, read_rows, restore)
+                   read_data, read_rows, restore, write_rows)
 
 # ---------------------------------------------------------------- k-means
 
@@ -553,7 +552,7 @@ def probe(run: str | Path, views=("raw",)) -> list[dict]:
             rows += rows_of(score, of, regex, seed, at, position=position, split=split, identity=identity,
                             measure=measure, view=view)
     progress("")
-    write(Path(run) / "probe.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(Path(run) / "probe.jsonl", rows)
     return rows
 
 
@@ -669,7 +668,7 @@ def patch(run: str | Path) -> list[dict]:
     cfg, data = read_config(run), read_data(run)
     device = pick_device(cfg)
     model = make_model(cfg, data).to(device)
-    if not restore(Path(run), model, [])[1]:
+    if not restore(cfg, Path(run), model, [])[1]:
         raise ValueError(f"{run} has no checkpoint: train it first")
     val, subset, generator = data.splits["val"], data.splits["subset"], make_generator(cfg.seed, "patch")
     read = {position: columns[val.state_of(position)] for position, (_, columns) in val.positions.items()}
@@ -705,7 +704,7 @@ def patch(run: str | Path) -> list[dict]:
     rows = [{"layer": layer, "position": position, "patch": name, "donor": theirs / n, "right": right / n,
              "neither": (n - right - theirs) / n, "n": n}
             for (layer, position, name), (right, theirs) in ((key, x.tolist()) for key, x in told.items())]
-    write(Path(run) / "patch.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(Path(run) / "patch.jsonl", rows)
     return rows
 
 

@@ -252,7 +252,7 @@ def test_input_and_output_alone_do_not_give_the_task_away(dataset):
 
 
 def test_random_tasks_are_found_where_pairs_are_scarce():
-    tasks = data.random_tasks(DataConfig(n_tasks=28, n_distributions=1, seed=1))    # 140 of 200 possible pairs
+    tasks = data.random_tasks(DataConfig(n_tasks=28, n_distributions=1, seed=1))    # 140 of 200 pairs
     pairs = [pair for task in tasks for pair in task.map.items()]
     assert len(set(pairs)) == len(pairs) == 140
     uses = Counter(output for _, output in pairs)
@@ -568,16 +568,16 @@ def test_slow_ctrl_c_saves_says_how_to_go_on_and_exits_with_130(run, tmp_path):
 
 def test_a_full_disk_leaves_the_run_whole_and_says_so(tmp_path):
     cfg = train.Config(**TINY, out=str(tmp_path / "run"))
-    size = len(json.dumps(vars(cfg))) + 60_000                  # less than a checkpoint, more than a capture
-    code = (f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size})); "
-            "import data, train; data.command_line(train.main)")
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in TINY.items()]
-    stopped = subprocess.run([sys.executable, "-c", code, "--out", cfg.out, *flags], cwd=HERE,
-                             capture_output=True, text=True)
-    assert stopped.returncode == 2
-    complaint = "ckpt.pt: File too large; make room, then go on with --resume"
-    assert re.fullmatch(rf"error: \S*{complaint}\n", stopped.stderr)
-    assert not list(Path(cfg.out).rglob("*.tmp"))
+    cases = {100: "config.json: File too large; make room, then run this again",
+             60_000: "ckpt.pt: File too large; make room, then go on with --resume"}     # captures are smaller
+    for most, complaint in cases.items():
+        code = (f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({most}, {most})); "
+                "import data, train; data.command_line(train.main)")
+        stopped = subprocess.run([sys.executable, "-c", code, "--out", cfg.out, *flags], cwd=HERE,
+                                 capture_output=True, text=True)
+        assert stopped.returncode == 2 and re.fullmatch(rf"error: \S*{complaint}\n", stopped.stderr)
+        assert not list(tmp_path.rglob("*.tmp"))
     went_on, never = outcome(train.train(cfg, resume=True)), outcome(train.train(
         dataclasses.replace(cfg, out=str(tmp_path / "whole"))))
     assert equal(went_on[0], never[0]) and went_on[1:] == never[1:]
@@ -635,15 +635,26 @@ class Bomb:
     ("tasks.json", "[", "("), ("tasks.json", '"held_out": "', '"held_out": "a'),
     ("config.json", '"seed": 0', '"seed": 1'),
     ("config.json", '"n_val": 6', '"n_val": 7'), ("config.json", '"n_val": 6', '"n_val": "6"'),
-    ("config.json", '"n_embd": 16', '"n_embd": 32'), ("metrics.jsonl", '"step": 2', '"step": 3'),
-    ("metrics.jsonl", '"step"', '"stop"')])
+    ("config.json", '"n_embd": 16', '"n_embd": 32'), ("config.json", '"lr": 0.003', '"lr": 0.004'),
+    ("config.json", '"init_seed": -1', '"init_seed": 7'), ("states/000001.npz", None, None)])
 def test_an_altered_file_is_noticed(run, name, old, new, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "run")
     path = tmp_path / "run" / name
-    assert old in path.read_text()
-    path.write_text(path.read_text().replace(old, new))
+    if old is None:
+        path.unlink()
+    else:
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new))
     assert exit_status(train, "--out", tmp_path / "run", "--resume") == 2
     assert re.fullmatch(r"error: [^\n]+\n", capsys.readouterr().err)
+
+
+def test_altered_metrics_are_as_before_after_resuming(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.write_text("{}")
+    train.train(train.Config(**TINY, out=str(tmp_path / "run")), resume=True)
+    assert lines(path) == lines(run / "metrics.jsonl")
 
 
 def test_probing_works_on_what_is_there_yet(run, tmp_path):

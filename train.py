@@ -116,6 +116,11 @@ def read_rows(path: str | Path, *columns: str) -> list[dict]:
         raise ValueError(f"{path} is damaged, make it again: {e!r:.200}") from None
 
 
+def write_rows(path: str | Path, rows: list[dict]):
+    """Write a .jsonl file."""
+    write(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
 def read_arrays(path: str | Path, *names: str) -> dict[str, np.ndarray]:
     """The arrays of an .npz file, all or those with these names. Raises ValueError, naming it, if damaged."""
     try:
@@ -161,7 +166,9 @@ def begin(cfg: Config, data: Dataset, device: torch.device):
     out = Path(cfg.out)
     aside = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    about = {**vars(cfg), "data": digest(data), "runs_on": str(device), "versions": versions}
+    about = {**vars(cfg), "data": digest(data), "runs_on": str(device), "threads": torch.get_num_threads(),
+             "versions": versions}
+    shutil.rmtree(aside, ignore_errors=True)
     try:
         (aside / "states").mkdir(parents=True)
         write(aside / "config.json", json.dumps(about, indent=1) + "\n")
@@ -177,16 +184,16 @@ def hold(out: Path):
     file = open(out / "lock", "w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         raise ValueError(f"{out} is being trained by another process: wait for it, or stop it") from None
     return file
 
 
-def restore(out: Path, model: GPT, optimizers: list[torch.optim.Optimizer]) -> tuple[int, list, list, float]:
+def restore(cfg: Config, out: Path, model: GPT, optimizers: list[torch.optim.Optimizer]):
     """Set model and optimisers to a run's checkpoint; return its step, metrics, losses since, and seconds.
 
     That is 0, [], [], 0.0 if there is none. Raises ValueError for a checkpoint that is damaged, or of another
-    network.
+    configuration.
     """
     if not (out / "ckpt.pt").exists():
         return 0, [], [], 0.0
@@ -198,22 +205,28 @@ def restore(out: Path, model: GPT, optimizers: list[torch.optim.Optimizer]) -> t
         model.load_state_dict(saved["model"])
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
-        step, losses, seconds = int(saved["step"]), list(saved["losses"]), float(saved["seconds"])
+        step, rows, losses, seconds = (saved[key] for key in ("step", "rows", "losses", "seconds"))
+        changed = [key for key, x in vars(cfg).items() if key != "out" and saved["config"][key] != x]
+        lost = [x for x in saved["captures"] if not (out / "states" / f"{x:06d}.npz").exists()]
+        if changed or lost:
+            raise ValueError(f"config.json has another {', '.join(changed)}" if changed else
+                             f"the capture of step {lost[0]} is lost")
     except Exception as e:          # a damaged file can raise nearly anything
         raise ValueError(f"{out}/ckpt.pt is damaged or does not fit, begin another --out: {e!r:.200}"
                          ) from None
-    rows = [row for row in read_rows(out / "metrics.jsonl", "step", "seconds") if row["step"] <= step]
-    return step, rows, losses, seconds
+    return step, rows, list(losses), seconds
 
 
-def record(out: Path, model: GPT, optimizers: list[torch.optim.Optimizer], step: int, rows: list[dict],
-           losses: list[torch.Tensor], seconds: float):
-    """Write the metrics so far, and a checkpoint: all that `restore` gives back."""
-    write(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+def record(cfg: Config, out: Path, model: GPT, optimizers: list[torch.optim.Optimizer], step: int,
+           rows: list[dict], losses: list[torch.Tensor], seconds: float):
+    """Write a checkpoint, all that `restore` gives back, and the metrics so far."""
     buffer = io.BytesIO()
-    torch.save({"step": step, "losses": torch.tensor(losses), "seconds": seconds, "model": model.state_dict(),
+    torch.save({"step": step, "rows": rows, "losses": torch.tensor(losses), "seconds": seconds,
+                "captures": [int(path.stem) for path in (out / "states").glob("[0-9]*.npz")],
+                "config": vars(cfg), "model": model.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, buffer)
     write(out / "ckpt.pt", buffer.getvalue())
+    write_rows(out / "metrics.jsonl", rows)
 
 
 def prepare(cfg: Config, resume: bool) -> tuple[Dataset, torch.device]:
@@ -300,6 +313,7 @@ def train(cfg: Config, resume: bool = False, asked: list = ()) -> Path:
     scored = split.is_output if cfg.loss_on == "answer" else split.tokens != 0      # 0 is <pad>
     targets = torch.from_numpy(np.where(scored, split.tokens, -100)).to(device)     # (N, T), -100: not scored
     tokens = torch.from_numpy(split.tokens).to(device)                              # (N, T)
+    length = (split.tokens != 0).sum() / len(tokens)                                # tokens an instance
     batch = min(cfg.batch_size, len(tokens))
     per_epoch = len(tokens) // batch                    # what is left over waits for another epoch's order
     total = cfg.epochs * per_epoch
@@ -310,11 +324,6 @@ def train(cfg: Config, resume: bool = False, asked: list = ()) -> Path:
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     if not resume:
         begin(cfg, data, device)
-    lock = hold(out)
-    first, rows, losses, seconds = restore(out, model, optimizers)
-    due = sorted(step for step in evaluations if step <= first) if rows or first else []
-    if [row["step"] for row in rows] != due:
-        raise ValueError(f"{out}/metrics.jsonl does not fit the checkpoint: begin another --out")
     size = 2 * cfg.n_embd * (cfg.n_layer + 1) * sum(
         len(read) for name in CAPTURED for read, _ in data.splits[name].positions.values())
     weights = sum(p.numel() for p in model.parameters())
@@ -322,44 +331,45 @@ def train(cfg: Config, resume: bool = False, asked: list = ()) -> Path:
           f"{len(captures)} captures, {len(captures) * size / 1e6:.0f} MB\n\n"
           "       step  epoch    loss  subset     val     ood  tokens/s    left", flush=True)
 
-    order, launched = None, time.perf_counter()
-    clock = launched                                    # it stops where something else than training is done
-    for step in range(first, total + 1):
-        epoch, i = divmod(step, per_epoch)
-        if step in evaluations and not (rows and rows[-1]["step"] == step):
-            check_finite(model, losses, step)
-            loss = torch.stack(losses).mean().item() if losses else None        # waits for the device
-            seconds += time.perf_counter() - clock
-            rows.append({"step": step, "epoch": step / per_epoch, "loss": loss,
-                         **evaluate(model, data, out, step, step in captures), "seconds": seconds})
-            losses = []
-            record(out, model, optimizers, step, rows, losses, seconds)
-            speed = step * batch * (split.tokens != 0).sum() / len(tokens) / seconds
-            left = (total - step) * (time.perf_counter() - launched) / max(1, step - first)
-            print_row(rows[-1], total, speed, left)
-            clock = time.perf_counter()
-        if step == total:
-            break
-        if asked:
-            check_finite(model, losses, step)
-            record(out, model, optimizers, step, rows, losses, seconds + time.perf_counter() - clock)
-            print(f"stopped and saved at step {step}; to go on: python train.py --resume --out {out}")
-            raise KeyboardInterrupt
-        if i == 0 or order is None:
-            generator = make_generator(cfg.seed_of("order"), "order", epoch)
-            order = torch.randperm(len(tokens), generator=generator).to(device)
-        chosen = order[i * batch:(i + 1) * batch]
-        rate = min((step + 1) / max(1, cfg.warmup * total), (total - step) / ((1 - cfg.warmup) * total))
-        for optimizer, peak in zip(optimizers, peaks):
-            optimizer.param_groups[0]["lr"] = rate * peak
-        logits, _ = model(tokens[chosen, :-1])                                      # (B, T - 1, V)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets[chosen, 1:].flatten(), ignore_index=-100)
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        losses.append(loss.detach())
-    lock.close()
+    with hold(out):
+        first, rows, losses, seconds = restore(cfg, out, model, optimizers)
+        write_rows(out / "metrics.jsonl", rows)         # whatever has become of them
+        order, launched = None, time.perf_counter()
+        clock = launched                                # it stops where something else than training is done
+        for step in range(first, total + 1):
+            epoch, i = divmod(step, per_epoch)
+            if step in evaluations and not (rows and rows[-1]["step"] == step):
+                check_finite(model, losses, step)
+                loss = torch.stack(losses).mean().item() if losses else None    # waits for the device
+                seconds += time.perf_counter() - clock
+                rows.append({"step": step, "epoch": step / per_epoch, "loss": loss,
+                             **evaluate(model, data, out, step, step in captures), "seconds": seconds})
+                losses = []
+                record(cfg, out, model, optimizers, step, rows, losses, seconds)
+                print_row(rows[-1], total, step * batch * length / seconds,
+                          (total - step) * (time.perf_counter() - launched) / max(1, step - first))
+                clock = time.perf_counter()
+            if step == total:
+                break
+            if asked:
+                check_finite(model, losses, step)
+                record(cfg, out, model, optimizers, step, rows, losses, seconds + time.perf_counter() - clock)
+                print(f"stopped and saved at step {step}; to go on: python train.py --resume --out {out}")
+                raise KeyboardInterrupt
+            if i == 0 or order is None:
+                generator = make_generator(cfg.seed_of("order"), "order", epoch)
+                order = torch.randperm(len(tokens), generator=generator).to(device)
+            chosen = order[i * batch:(i + 1) * batch]
+            rate = min((step + 1) / max(1, cfg.warmup * total), (total - step) / ((1 - cfg.warmup) * total))
+            for optimizer, peak in zip(optimizers, peaks):
+                optimizer.param_groups[0]["lr"] = rate * peak
+            logits, _ = model(tokens[chosen, :-1])                              # (B, T - 1, V)
+            loss = F.cross_entropy(logits.flatten(0, 1), targets[chosen, 1:].flatten(), ignore_index=-100)
+            loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.append(loss.detach())
     print(f"done; next: python probe.py {out}")
     return out
 
@@ -387,13 +397,16 @@ def main():
         asked.append(True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    signal.signal(signal.SIGINT, ask)
+    before = signal.signal(signal.SIGINT, ask)
     try:
         train(dataclasses.replace(cfg, **given), resume, asked)
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             raise
-        raise ValueError(f"{e.filename}: {e.strerror}; make room, then go on with --resume") from None
+        again = "go on with --resume" if Path(given["out"]).exists() else "run this again"
+        raise ValueError(f"{e.filename or 'stdout'}: {e.strerror}; make room, then {again}") from None
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 if __name__ == "__main__":
