@@ -570,7 +570,7 @@ def test_a_full_disk_leaves_the_run_whole_and_says_so(tmp_path):
     cfg = train.Config(**TINY, out=str(tmp_path / "run"))
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in TINY.items()]
     cases = {100: "config.json: File too large; make room, then run this again",
-             60_000: "ckpt.pt: File too large; make room, then go on with --resume"}     # captures are smaller
+             60_000: "ckpt.pt: File too large; make room, then go on with --resume"}  # captures are less
     for most, complaint in cases.items():
         code = (f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({most}, {most})); "
                 "import data, train; data.command_line(train.main)")
