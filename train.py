@@ -206,7 +206,7 @@ def restore(cfg: Config, out: Path, model: GPT, optimizers: list[torch.optim.Opt
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
         step, rows, losses, seconds = (saved[key] for key in ("step", "rows", "losses", "seconds"))
-        changed = [key for key, x in vars(cfg).items() if key != "out" and saved["config"][key] != x]
+        changed = [key for key, x in vars(cfg).items() if key != "out" and saved["config"].get(key, x) != x]
         lost = [x for x in saved["captures"] if not (out / "states" / f"{x:06d}.npz").exists()]
         if changed or lost:
             raise ValueError(f"config.json has another {', '.join(changed)}" if changed else
