@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 
 from data import Dataset, Flags, Split, command_line
-from train import (CAPTURED, make_generator, make_model, observe, pick_device, read_arrays, read_config,
-                   read_data, read_rows, restore, write_rows)
+from train import (CAPTURED, capture_path, captured, make_generator, make_model, observe, pick_device,
+                   read_arrays, read_config, read_data, read_rows, restore, write_rows)
 
 # ---------------------------------------------------------------- k-means
 
@@ -403,7 +403,7 @@ def knn(train, query, k: int) -> torch.Tensor:
     for some, into in zip(query.split(step), found.split(step)):
         near, key = squared[:len(some)], keys[:len(some)]
         torch.addmm(norms, some, train.T, alpha=-2, out=near).add_(some.square().sum(1, keepdim=True))
-        # the bits of the distance order as it does, and the index below them settles ties
+        # the bits of the distance (-0 made 0) order as it does, and the index below them settles ties
         key.copy_(near.clamp_(min=0).abs_().view(torch.int32)).bitwise_left_shift_(32).bitwise_or_(index)
         into.copy_(key.topk(k, largest=False).values & 0xFFFFFFFF)
     return found
@@ -429,19 +429,11 @@ VIEWS = {       # what is done to the states (..., n, C) of a split, whose ident
 }
 
 
-def captured(run: str | Path) -> list[int]:
-    """The steps at which a run was captured. Raises ValueError if there are none."""
-    steps = sorted(int(path.stem) for path in (Path(run) / "states").glob("[0-9]*.npz"))
-    if not steps:
-        raise ValueError(f"{run} has no captures: train it first")
-    return steps
-
-
 def load(run: str | Path, steps: list[int], split: str, position: str, n: int) -> torch.Tensor:
     """The states (S, L + 1, n, C) of a split at a position, float16. Raises ValueError for a damaged file."""
     name, states = f"{split}/{position}", []
     for step in steps:
-        path = Path(run) / "states" / f"{step:06d}.npz"
+        path = capture_path(run, step)
         states.append(read_arrays(path, name)[name])
         if states[-1].shape[1:2] != (n,) or states[-1].shape != states[0].shape:
             raise ValueError(f"{path} and {run}/states/labels.npz do not fit together: train the run again")
@@ -530,9 +522,13 @@ def probe(run: str | Path, views=("raw",)) -> list[dict]:
     Writes and returns the rows of probe.jsonl: step, layer, position, split, identity, measure, view, value,
     null_mean, null_95, and for clusterings by task regrouped_mean and regrouped_95; a number that is not
     defined is None. Position `surface` is no network's: counts of the instruction's tokens and bigrams, step
-    0. View `centred` is only for states that have seen an input.
+    0. View `centred` is only for states that have seen an input. Raises ValueError if nothing was captured,
+    and for a run folder that is damaged.
     """
-    seed, steps, data, rows = read_config(run).seed, captured(run), read_data(run), []
+    seed, steps, rows = read_config(run).seed, captured(run), []
+    if not steps:
+        raise ValueError(f"{run} has no captures: train it first")
+    data = read_data(run)
     labels = {position: {split: data.splits[split].labels(position) for split in CAPTURED}
               for position in data.splits["val"].positions}     # position -> split -> identity -> (n,)
     labels["surface"], bags = labels["instruction"], surface(data)
@@ -543,7 +539,7 @@ def probe(run: str | Path, views=("raw",)) -> list[dict]:
         progress(f"{done} of {len(parts)} parts probed; now {view} states at {position} of {split}")
         ids, at = labels[position][split], [0] if position == "surface" else steps
         states = bags[split] if position == "surface" else load(run, steps, split, position, len(ids["task"]))
-        if view != "raw":
+        if view != "raw":               # which may stay float16, half the memory
             states = VIEWS[view](states.float(), ids)
         if split == "subset":           # which comes first: the points that neighbours are sought among
             known = states, ids

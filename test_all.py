@@ -57,6 +57,11 @@ def exit_status(module, *argv):
     return stop.value.code
 
 
+def as_flags(knobs):
+    """A configuration as the command line takes it."""
+    return [f"--{key.replace('_', '-')}={value}" for key, value in knobs.items()]
+
+
 def lines(path):
     """The rows of a .jsonl file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
@@ -546,8 +551,7 @@ def test_slow_a_run_killed_at_twenty_moments_ends_in_the_same_bits(run, tmp_path
 
 
 def test_slow_ctrl_c_saves_says_how_to_go_on_and_exits_with_130(run, tmp_path):
-    flags = [f"--{key.replace('_', '-')}={value}" for key, value in {**TINY, "epochs": 300}.items()]
-    command = [sys.executable, "-u", "train.py", "--out", tmp_path / "run", *flags]
+    command = [sys.executable, "-u", "train.py", *as_flags({**TINY, "epochs": 300, "out": tmp_path / "run"})]
     process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while " 1/1200" not in process.stdout.readline():           # so that training is under way
         pass
@@ -568,13 +572,12 @@ def test_slow_ctrl_c_saves_says_how_to_go_on_and_exits_with_130(run, tmp_path):
 
 def test_a_full_disk_leaves_the_run_whole_and_says_so(tmp_path):
     cfg = train.Config(**TINY, out=str(tmp_path / "run"))
-    flags = [f"--{key.replace('_', '-')}={value}" for key, value in TINY.items()]
     cases = {100: "config.json: File too large; make room, then run this again",
              60_000: "ckpt.pt: File too large; make room, then go on with --resume"}  # captures are less
     for most, complaint in cases.items():
         code = (f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({most}, {most})); "
                 "import data, train; data.command_line(train.main)")
-        stopped = subprocess.run([sys.executable, "-c", code, "--out", cfg.out, *flags], cwd=HERE,
+        stopped = subprocess.run([sys.executable, "-c", code, "--out", cfg.out, *as_flags(TINY)], cwd=HERE,
                                  capture_output=True, text=True)
         assert stopped.returncode == 2 and re.fullmatch(rf"error: \S*{complaint}\n", stopped.stderr)
         assert not list(tmp_path.rglob("*.tmp"))
@@ -598,8 +601,7 @@ def test_two_processes_do_not_train_one_run_and_a_killed_one_leaves_no_lock(run,
 
 def test_a_loss_of_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, capsys):
     wild = {**TINY, "optimizer": "adamw", "lr": 1e6, "weight_decay": 1e6, "warmup": 0}
-    flags = [f"--{key.replace('_', '-')}={value}" for key, value in wild.items()]
-    assert exit_status(train, "--out", tmp_path / "run", *flags) == 2
+    assert exit_status(train, "--out", tmp_path / "run", *as_flags(wild)) == 2
     said = capsys.readouterr().err
     assert re.fullmatch(r"error: [^\n]*nan or infinite by step \d+: [^\n]*lower --lr[^\n]*\n", said)
     saved = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)
@@ -1292,8 +1294,7 @@ def test_slow_commands_run_from_the_shell(tmp_path):
 
     page = shell("data.py")
     assert page.returncode == 0 and page.stdout.count("<ans>") == 20 and len(page.stdout.splitlines()) < 60
-    flags = [f"--{key.replace('_', '-')}={value}" for key, value in TINY.items()]
-    trained = shell("train.py", "--preset", "quick", "--out", tmp_path / "run", *flags)
+    trained = shell("train.py", "--preset", "quick", "--out", tmp_path / "run", *as_flags(TINY))
     assert trained.returncode == 0 and trained.stdout.endswith(f"next: python probe.py {tmp_path / 'run'}\n")
     probed = shell("probe.py", tmp_path / "run", "--view", "centred", "raw")
     assert probed.returncode == 0 and "null: labels permuted" in probed.stdout and not probed.stderr

@@ -137,6 +137,16 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray]):
     write(path, buffer.getvalue())
 
 
+def capture_path(run: str | Path, step: int) -> Path:
+    """Where the capture of a step is kept."""
+    return Path(run) / "states" / f"{step:06d}.npz"
+
+
+def captured(run: str | Path) -> list[int]:
+    """The steps whose captures are there."""
+    return sorted(int(path.stem) for path in (Path(run) / "states").glob("[0-9]*.npz"))
+
+
 def labels_of(data: Dataset) -> dict[str, np.ndarray]:
     """The content of labels.npz: "split/position/identity" -> (n,), a label for each state of a capture."""
     return {f"{name}/{position}/{identity}": ids
@@ -199,15 +209,15 @@ def restore(cfg: Config, out: Path, model: GPT, optimizers: list[torch.optim.Opt
         return 0, [], [], 0.0
     try:
         with zipfile.ZipFile(out / "ckpt.pt") as parts:     # torch does not look at the checksums it writes
-            if parts.testzip():
-                raise ValueError(f"{parts.testzip()} has changed")
+            if bad := parts.testzip():
+                raise ValueError(f"{bad} has changed")
         saved = torch.load(out / "ckpt.pt", map_location=model.token.weight.device, weights_only=True)
         model.load_state_dict(saved["model"])
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
         step, rows, losses, seconds = (saved[key] for key in ("step", "rows", "losses", "seconds"))
         changed = [key for key, x in vars(cfg).items() if key != "out" and saved["config"].get(key, x) != x]
-        lost = [x for x in saved["captures"] if not (out / "states" / f"{x:06d}.npz").exists()]
+        lost = sorted({*saved["captures"]} - {*captured(out)})
         if changed or lost:
             raise ValueError(f"config.json has another {', '.join(changed)}" if changed else
                              f"the capture of step {lost[0]} is lost")
@@ -222,8 +232,7 @@ def record(cfg: Config, out: Path, model: GPT, optimizers: list[torch.optim.Opti
     """Write a checkpoint, all that `restore` gives back, and the metrics so far."""
     buffer = io.BytesIO()
     torch.save({"step": step, "rows": rows, "losses": torch.tensor(losses), "seconds": seconds,
-                "captures": [int(path.stem) for path in (out / "states").glob("[0-9]*.npz")],
-                "config": vars(cfg), "model": model.state_dict(),
+                "captures": captured(out), "config": vars(cfg), "model": model.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, buffer)
     write(out / "ckpt.pt", buffer.getvalue())
     write_rows(out / "metrics.jsonl", rows)
@@ -272,7 +281,7 @@ def evaluate(model: GPT, data: Dataset, out: Path, step: int, keep: bool) -> dic
     """Task accuracy on each captured split; if keep, the states become the capture of this step."""
     seen = {name: observe(model, data.splits[name]) for name in CAPTURED}
     if keep:
-        write_arrays(out / "states" / f"{step:06d}.npz", {
+        write_arrays(capture_path(out, step), {
             f"{name}/{position}": x for name, (_, states) in seen.items() for position, x in states.items()})
     return {f"acc_{name}": accuracy for name, (accuracy, _) in seen.items()}
 
