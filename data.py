@@ -16,6 +16,7 @@ import os
 import random
 import re
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from itertools import islice, product
 from pathlib import Path
@@ -340,8 +341,9 @@ class DataConfig:
     n_outputs: int = knob(20, "pool of outputs that random tasks share")
     n_train: int = knob(20, "training instructions a regex")
     n_val: int = knob(10, "instructions a regex in subset, in val and in ood")
+    n_asked: int = knob(8, "inputs an instruction is asked with; if its task has more, the next ones are `pairs`")
     n_probed: int = knob(64, "tasks that subset, val and ood are about; any more are only trained on")
-    max_len: int = knob(64, "longest instruction, in characters")
+    max_len: int = knob(128, "longest instruction, in characters")
     shuffle_tasks: bool = knob(False, "give every instruction a random task, to be memorised", least=0)
 
     def seed_of(self, what: str) -> int:
@@ -442,45 +444,58 @@ def write_tasks(path: str | Path, cut_into: str, tasks: list[Task]):
     write(path, json.dumps(spec, indent=1, ensure_ascii=False) + "\n")
 
 
+def place(task: Task, m: int) -> str:
+    """Where the m-th regex of a task stands in a tasks file, the held-out one after the others."""
+    last = m == len(task.distributions)
+    return f"task {task.name}, " + ("held_out" if last else f"distributions[{m}]")
+
+
 def read_tasks(path: str | Path, max_len: int = 64) -> tuple[str, list[Task]]:
-    """Read a tasks file. Raises ValueError naming task and fault, OSError if it cannot be read."""
+    """Read a tasks file. Raises ValueError naming task, key and fault, OSError if it cannot be read."""
     def check(right, where, rule):
         if not right:
             raise ValueError(f"{path}, {where}: {rule}")
 
+    def once(pairs):                # a key given twice would hide a value: null, which no check lets pass
+        times = Counter(key for key, _ in pairs)
+        return {key: value if times[key] == 1 else None for key, value in pairs}
+
     try:
-        spec = json.loads(Path(path).read_text(encoding="utf-8"))
+        spec = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=once)
         json.dumps(spec, ensure_ascii=False).encode()           # what we could not write again is no text
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path} is not a tasks file, it is not JSON: {e}") from None
     check(isinstance(spec, dict) and isinstance(spec.get("tasks"), list), "tasks", "must be a list")
     check(spec["tasks"], "tasks", "must not be empty")
     check(spec.get("tokens") in ("characters", "words"), "tokens", 'must be "characters" or "words"')
-    tasks, regexes = {}, {}
+    tasks, regexes = {}, []
     for number, entry in enumerate(spec["tasks"]):
         where = f"task {entry.get('name', number) if isinstance(entry, dict) else number}"
         for key, kind in {"name": str, "map": dict, "distributions": list, "held_out": str}.items():
             check(isinstance(entry, dict) and isinstance(entry.get(key), kind) and entry[key],
-                  f"{where}, {key}", f"is missing, empty or not a {kind.__name__}")
+                  f"{where}, {key}", f"is missing, empty, there twice or not a {kind.__name__}")
         task = Task(**{key: entry[key] for key in Task._fields})
         check(task.name not in tasks, where, "needs a name of its own")
-        check(all(isinstance(word, str) and word.strip() for pair in task.map.items() for word in pair),
-              f"{where}, map", "must give every input an output, as text that is not blank")
+        for io in task.map.items():
+            check(all(isinstance(word, str) and word.strip() for word in io), f"{where}, map, {io[0]!r:.60}",
+                  "needs one output, and both must be text that is not blank")
         tasks[task.name] = task
-        for pattern in (*task.distributions, task.held_out):
+        for m, pattern in enumerate((*task.distributions, task.held_out)):
             try:
                 regex = Regex(pattern, max_len)
-                twin = next((other for other in regexes if not regex.isdisjoint(regexes[other])), None)
+                twin = next((one for one, other in regexes if not regex.isdisjoint(other)), None)
             except ValueError as e:
-                raise ValueError(f"{path}, {where}: {e}") from None
-            check(twin is None, where, f"{pattern!r} and {twin!r} have strings in common, make them disjoint")
-            regexes[pattern] = regex
+                raise ValueError(f"{path}, {place(task, m)}: {e}") from None
+            check(twin is None, place(task, m), f"{pattern!r} has strings in common with {twin}: make them "
+                  "disjoint")
+            regexes.append((place(task, m), regex))
     return spec["tokens"], list(tasks.values())
 
 
 # ---------------------------------------------------------------- splits and tokens
 
 PAD, SEP, ANS, EOS = SPECIALS = "<pad>", "<sep>", "<ans>", "<eos>"      # <pad> is token 0
+WORD = re.compile(r"\w+(?:['’-]\w+)*|[^\w\s]")      # what's and long-term are one, every other mark is its own
 
 
 class Instance(NamedTuple):
@@ -526,19 +541,29 @@ class Dataset(NamedTuple):
     cut_into: str                           # "characters" or "words": the tokens of instructions
     tasks: list[Task]
     vocabulary: list[str]
-    splits: dict[str, Split]                # train, subset, val, ood
+    splits: dict[str, Split]                # train, subset, val, ood, and pairs if a task is large
+
+
+def take_turns(pairs: list, n: int, rng: random.Random):
+    """Yield, for one instruction after another, n pairs that it is asked with and n others: all get their turn."""
+    deck = rng.sample(pairs, len(pairs)) if len(pairs) > n else pairs
+    while True:
+        yield deck[:n], deck[n:2 * n]
+        deck = deck[n:] + deck[:n]
 
 
 def make_dataset(cfg: DataConfig) -> Dataset:
     """Tasks, vocabulary and splits: the same cfg gives the same anywhere.
 
-    Raises ValueError for sizes that cannot be.
+    A task of more than n_asked inputs is taught in part: its inputs take turns, n_asked an instruction. Split
+    `pairs` asks the instructions of subset with as many of their other inputs. Raises ValueError for sizes
+    that cannot be.
     """
     cfg.check()
     if cfg.n_val > cfg.n_train:
         raise ValueError(f"n_val ({cfg.n_val}) is above n_train ({cfg.n_train}), subset would be smaller")
     cut_into, tasks = read_tasks(cfg.tasks, cfg.max_len) if cfg.tasks else ("characters", random_tasks(cfg))
-    instances, number = {"train": [], "subset": [], "val": [], "ood": []}, 0
+    instances, number = {"train": [], "subset": [], "val": [], "ood": [], "pairs": []}, 0
     for t, task in enumerate(tasks):
         for m, pattern in enumerate((*task.distributions, task.held_out)):
             trained = m < len(task.distributions)
@@ -546,29 +571,29 @@ def make_dataset(cfg: DataConfig) -> Dataset:
             try:                            # distinct strings, so none is in both parts
                 strings = Regex(pattern, cfg.max_len).sample(cfg.n_val + trained * cfg.n_train, rng)
             except ValueError as e:
-                raise ValueError(f"task {task.name}: {e}; widen it, lower n_train or n_val, or raise max_len"
+                raise ValueError(f"{place(task, m)}: {e}; widen it, lower n_train or n_val, or raise max_len"
                                  ) from None
             told = {s: rng.randrange(len(tasks)) if cfg.shuffle_tasks else t for s in strings}
+            turns = {u: take_turns([*tasks[u].map.items()], cfg.n_asked, rng) for u in {*told.values()}}
+            asked = {s: next(turns[told[s]]) for s in strings}
             unseen, train = strings[:cfg.n_val], strings[cfg.n_val:]
-            parts = {"train": train, "subset": train[:cfg.n_val], "val" if trained else "ood": unseen}
-            for name, some in parts.items():
+            for name, some, part in (("train", train, 0), ("subset", train[:cfg.n_val], 0),
+                                     ("pairs", train[:cfg.n_val], 1), ("val" if trained else "ood", unseen, 0)):
                 if name == "train" or t < cfg.n_probed:
-                    instances[name] += [Instance(s, *io, told[s], number)
-                                        for s in some for io in tasks[told[s]].map.items()]
+                    instances[name] += [Instance(s, *io, told[s], number) for s in some for io in asked[s][part]]
             number += 1
 
-    def cut(text, into):
-        return list(text) if into == "characters" else re.findall(r"\w+|[^\w\s]", text)
-
+    instances = {name: some for name, some in instances.items() if some}    # there may be no `pairs`
     everything = dict.fromkeys(x for some in instances.values() for x in some)
     texts, prompts = {}, {}
     for x in everything:
-        prompt = [*cut(x.instruction, cut_into), SEP, *cut(x.input, "words"), ANS]
-        texts[x] = [*prompt, *cut(x.output, "words"), EOS]
+        told = x.instruction if cut_into == "characters" else WORD.findall(x.instruction.lower())
+        prompt = [*told, SEP, *WORD.findall(x.input), ANS]
+        texts[x] = [*prompt, *WORD.findall(x.output), EOS]
         twin = prompts.setdefault(tuple(prompt), x)
         if twin[:2] != x[:2]:
             raise ValueError(f"task {tasks[x.task].name}: {twin[:2]} and {x[:2]} are the same words, let "
-                             "them differ in more than spaces")
+                             "them differ in more than spaces and capitals")
     vocabulary = [*SPECIALS, *sorted(set().union(*texts.values()) - set(SPECIALS))]
     width, id_of = max(map(len, texts.values())), {token: i for i, token in enumerate(vocabulary)}
     values = {name: sorted({identity(x) for x in everything}) for name, identity in IDENTITIES.items()}
@@ -629,7 +654,9 @@ def main():
         print(f"{name:6}{len(split.positions['instruction'][0]):14,}{len(split.instances):11,}"
               + "{:7}{:9}".format(*sizes))
     task = data.tasks[0]
-    print(f"\ntask {task.name} maps " + ", ".join(f"{i} to {o}" for i, o in task.map.items()))
+    some = islice(task.map.items(), cfg.n_asked)
+    print(f"\ntask {task.name} maps " + ", ".join(f"{i} to {o}" for i, o in some)
+          + f" and {len(task.map) - cfg.n_asked} more" * (len(task.map) > cfg.n_asked))
     for m, pattern in enumerate((*task.distributions, task.held_out)):
         regex = Regex(pattern, cfg.max_len)
         some = ", ".join(regex.sample(3, random.Random(0), unique=False))

@@ -228,24 +228,27 @@ def match(value: np.ndarray) -> np.ndarray:
     u, v = cost.min(2), np.zeros((batch, n))            # potentials: cost - u - v >= 0, and 0 where matched
     row_of, column_of = np.full((batch, n), -1), np.full((batch, n), -1)
     for start in range(n):
-        length, came_from = np.full((batch, n), math.inf), np.zeros((batch, n), int)    # of paths to columns
-        reached, done = np.zeros(batch), np.zeros((batch, n), bool)
-        b, row, sink = np.arange(batch), np.full(batch, start), np.zeros(batch, int)
+        late = 1e-12 * (row_of >= 0)                    # of columns as near, a free one is to come first
+        length, came_from, price = np.full((batch, n), math.inf), np.zeros((batch, n), int), v.copy()
+        done, reached, sink = np.full((batch, n), math.inf), np.zeros(batch), np.zeros(batch, int)
+        b, row, came = np.arange(batch), np.full(batch, start), came_from
         while len(b):                                   # Dijkstra, in those (b) that have no free column yet
-            new = (reached[b] - u[b, row])[:, None] + cost[b, row] - v[b]
-            shorter = ~done[b] & (new < length[b])
-            came_from[b] = np.where(shorter, row[:, None], came_from[b])
-            length[b] = np.where(shorter, new, length[b])
-            ahead = np.where(done[b], math.inf, length[b])
-            ties = ahead == ahead.min(1, keepdims=True)
-            j = (ties * (1 + (row_of[b] < 0))).argmax(1)    # the nearest column, a free one if it can be
-            reached[b], done[b, j], sink[b] = length[b, j], True, j
-            taken = row_of[b, j] >= 0
-            b, row = b[taken], row_of[b, j][taken]
-        slack = np.where(done, reached[:, None] - length, 0)
+            new = cost[b, row]
+            new -= price
+            new += (reached[b] - u[b, row])[:, None]
+            shorter = new < length
+            np.copyto(length, new, where=shorter)
+            np.copyto(came, row[:, None], where=shorter)
+            i, j = np.arange(len(b)), np.add(length, late, out=new).argmin(1)
+            reached[b] = done[b, j] = length[i, j]
+            length[i, j], price[i, j], sink[b], row = math.inf, -math.inf, j, row_of[b, j]
+            if (row < 0).any():
+                came_from[b], on = came, row >= 0
+                b, row, length, price, came, late = (a[on] for a in (b, row, length, price, came, late))
+        slack = np.where(done < math.inf, reached[:, None] - done, 0)
         v -= slack
         u[:, start] += reached
-        b, j = np.nonzero(done & (row_of >= 0))
+        b, j = np.nonzero((done < math.inf) & (row_of >= 0))
         u[b, row_of[b, j]] += slack[b, j]
         b, j = np.arange(batch), sink
         while len(b):                                   # back along the path, each row takes the next column

@@ -34,7 +34,7 @@ from model import GPT, ModelConfig
 
 # ---------------------------------------------------------------- configuration
 
-CAPTURED = "subset", "val", "ood"       # the splits that are evaluated, and whose states are kept
+CAPTURED = "subset", "val", "ood"       # the splits whose states are kept
 
 
 @dataclass
@@ -65,6 +65,7 @@ PRESETS = {
     "quick": dict(out="runs/quick", n_tasks=8, n_distributions=2, n_layer=3, n_head=3, n_embd=48, epochs=30,
                   n_captures=10),
     "default": {},
+    "facts": dict(tasks="facts.json", out="runs/facts", n_val=6, epochs=15, n_captures=14),
     "large": dict(out="runs/large", n_tasks=512, n_distributions=4, n_inputs=64, n_outputs=256, n_val=5,
                   n_layer=8, n_head=8, n_embd=256, batch_size=1024, epochs=10, n_captures=12),
 }
@@ -278,11 +279,11 @@ def observe(model: GPT, split: Split, batch: int = 512) -> tuple[float, dict[str
 
 
 def evaluate(model: GPT, data: Dataset, out: Path, step: int, keep: bool) -> dict[str, float]:
-    """Task accuracy on each captured split; if keep, the states become the capture of this step."""
-    seen = {name: observe(model, data.splits[name]) for name in CAPTURED}
+    """Task accuracy on every split but train; if keep, the states become the capture of this step."""
+    seen = {name: observe(model, split) for name, split in data.splits.items() if name != "train"}
     if keep:
         write_arrays(capture_path(out, step), {
-            f"{name}/{position}": x for name, (_, states) in seen.items() for position, x in states.items()})
+            f"{name}/{position}": x for name in CAPTURED for position, x in seen[name][1].items()})
     return {f"acc_{name}": accuracy for name, (accuracy, _) in seen.items()}
 
 
@@ -338,7 +339,8 @@ def train(cfg: Config, resume: bool = False, asked: list = ()) -> Path:
     weights = sum(p.numel() for p in model.parameters())
     print(f"{out}: {weights:,} parameters, {total} steps of {batch} instances on {device}; "
           f"{len(captures)} captures, {len(captures) * size / 1e6:.0f} MB\n\n"
-          "       step  epoch    loss  subset     val     ood  tokens/s    left", flush=True)
+          "       step  epoch    loss" + "".join(f"{name:>8}" for name in list(data.splits)[1:])
+          + "  tokens/s    left", flush=True)
 
     with hold(out):
         first, rows, losses, seconds = restore(cfg, out, model, optimizers)
@@ -386,7 +388,7 @@ def train(cfg: Config, resume: bool = False, asked: list = ()) -> Path:
 def print_row(row: dict, total: int, speed: float, left: float):
     """One line an evaluation, under the header that `train` prints."""
     loss = "-" if row["loss"] is None else f"{row['loss']:.3f}"
-    accuracies = "".join(f"{row['acc_' + name]:8.3f}" for name in CAPTURED)
+    accuracies = "".join(f"{value:8.3f}" for key, value in row.items() if key.startswith("acc_"))
     print(f"{row['step']:5}/{total:<5}{row['epoch']:7.1f}{loss:>8}{accuracies}{speed:10,.0f}{left:7.0f}s",
           flush=True)
 
