@@ -21,11 +21,15 @@ quick: .venv/made   ## train and probe a small run, in seconds
 	$(PY) train.py --preset quick $(if $(wildcard runs/quick),--resume)
 	$(PY) probe.py runs/quick
 
+facts: .venv/made   ## train and probe runs/facts: English instructions about real facts
+	$(PY) train.py --preset facts $(if $(wildcard runs/facts),--resume)
+	$(PY) probe.py runs/facts
+
 test: .venv/made    ## run the tests
 	$(PY) -m pytest -q test_all.py
 
 clean:           ## remove .venv, caches and the runs made by this file
-	rm -rf .venv .pytest_cache .hypothesis __pycache__ runs/default runs/quick runs/shuffled
+	rm -rf .venv .pytest_cache .hypothesis __pycache__ runs/default runs/quick runs/shuffled runs/facts
 
 .venv/made: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -33,4 +37,4 @@ clean:           ## remove .venv, caches and the runs made by this file
 	touch $@
 
 .DEFAULT_GOAL := help
-.PHONY: help train probe control quick test clean
+.PHONY: help train probe control quick facts test clean

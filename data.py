@@ -341,7 +341,7 @@ class DataConfig:
     n_outputs: int = knob(20, "pool of outputs that random tasks share")
     n_train: int = knob(20, "training instructions a regex")
     n_val: int = knob(10, "instructions a regex in subset, in val and in ood")
-    n_asked: int = knob(8, "inputs an instruction is asked with; if its task has more, the next ones are `pairs`")
+    n_asked: int = knob(8, "inputs an instruction is taught with; of its task's others, as many are `pairs`")
     n_probed: int = knob(64, "tasks that subset, val and ood are about; any more are only trained on")
     max_len: int = knob(128, "longest instruction, in characters")
     shuffle_tasks: bool = knob(False, "give every instruction a random task, to be memorised", least=0)
@@ -495,7 +495,7 @@ def read_tasks(path: str | Path, max_len: int = 64) -> tuple[str, list[Task]]:
 # ---------------------------------------------------------------- splits and tokens
 
 PAD, SEP, ANS, EOS = SPECIALS = "<pad>", "<sep>", "<ans>", "<eos>"      # <pad> is token 0
-WORD = re.compile(r"\w+(?:['’-]\w+)*|[^\w\s]")      # what's and long-term are one, every other mark is its own
+WORD = re.compile(r"\w+(?:['’-]\w+)*|[^\w\s]")    # "what's" and "ice-cream" are one token each
 
 
 class Instance(NamedTuple):
@@ -545,7 +545,7 @@ class Dataset(NamedTuple):
 
 
 def take_turns(pairs: list, n: int, rng: random.Random):
-    """Yield, for one instruction after another, n pairs that it is asked with and n others: all get their turn."""
+    """Yield n pairs for an instruction to be taught with and up to n others, again and again, all in turn."""
     deck = rng.sample(pairs, len(pairs)) if len(pairs) > n else pairs
     while True:
         yield deck[:n], deck[n:2 * n]
@@ -555,33 +555,34 @@ def take_turns(pairs: list, n: int, rng: random.Random):
 def make_dataset(cfg: DataConfig) -> Dataset:
     """Tasks, vocabulary and splits: the same cfg gives the same anywhere.
 
-    A task of more than n_asked inputs is taught in part: its inputs take turns, n_asked an instruction. Split
-    `pairs` asks the instructions of subset with as many of their other inputs. Raises ValueError for sizes
-    that cannot be.
+    In a task of more than n_asked inputs these take turns, n_asked an instruction; split `pairs` asks the
+    instructions of subset with as many others. Raises ValueError for sizes that cannot be.
     """
     cfg.check()
     if cfg.n_val > cfg.n_train:
         raise ValueError(f"n_val ({cfg.n_val}) is above n_train ({cfg.n_train}), subset would be smaller")
     cut_into, tasks = read_tasks(cfg.tasks, cfg.max_len) if cfg.tasks else ("characters", random_tasks(cfg))
-    instances, number = {"train": [], "subset": [], "val": [], "ood": [], "pairs": []}, 0
+    instances, places = {"train": [], "subset": [], "val": [], "ood": [], "pairs": []}, []
     for t, task in enumerate(tasks):
         for m, pattern in enumerate((*task.distributions, task.held_out)):
-            trained = m < len(task.distributions)
+            number, trained = len(places), m < len(task.distributions)
+            places.append(f"{cfg.tasks}, " * bool(cfg.tasks) + place(task, m))
             rng = random.Random(f"{cfg.seed_of('data')}/instructions/{number}")
             try:                            # distinct strings, so none is in both parts
                 strings = Regex(pattern, cfg.max_len).sample(cfg.n_val + trained * cfg.n_train, rng)
             except ValueError as e:
-                raise ValueError(f"{place(task, m)}: {e}; widen it, lower n_train or n_val, or raise max_len"
+                raise ValueError(f"{places[number]}: {e}; widen it, lower n_train or n_val, or raise max_len"
                                  ) from None
             told = {s: rng.randrange(len(tasks)) if cfg.shuffle_tasks else t for s in strings}
             turns = {u: take_turns([*tasks[u].map.items()], cfg.n_asked, rng) for u in {*told.values()}}
             asked = {s: next(turns[told[s]]) for s in strings}
             unseen, train = strings[:cfg.n_val], strings[cfg.n_val:]
-            for name, some, part in (("train", train, 0), ("subset", train[:cfg.n_val], 0),
-                                     ("pairs", train[:cfg.n_val], 1), ("val" if trained else "ood", unseen, 0)):
+            subset = train[:cfg.n_val]
+            for name, some, part in [("train", train, 0), ("subset", subset, 0), ("pairs", subset, 1),
+                                     ("val" if trained else "ood", unseen, 0)]:
                 if name == "train" or t < cfg.n_probed:
-                    instances[name] += [Instance(s, *io, told[s], number) for s in some for io in asked[s][part]]
-            number += 1
+                    instances[name] += [
+                        Instance(s, *io, told[s], number) for s in some for io in asked[s][part]]
 
     instances = {name: some for name, some in instances.items() if some}    # there may be no `pairs`
     everything = dict.fromkeys(x for some in instances.values() for x in some)
@@ -592,8 +593,8 @@ def make_dataset(cfg: DataConfig) -> Dataset:
         texts[x] = [*prompt, *WORD.findall(x.output), EOS]
         twin = prompts.setdefault(tuple(prompt), x)
         if twin[:2] != x[:2]:
-            raise ValueError(f"task {tasks[x.task].name}: {twin[:2]} and {x[:2]} are the same words, let "
-                             "them differ in more than spaces and capitals")
+            raise ValueError(f"{places[x.distribution]}: {twin[:2]} and {x[:2]} are the same words, "
+                             "let them differ in more than spaces and capitals")
     vocabulary = [*SPECIALS, *sorted(set().union(*texts.values()) - set(SPECIALS))]
     width, id_of = max(map(len, texts.values())), {token: i for i, token in enumerate(vocabulary)}
     values = {name: sorted({identity(x) for x in everything}) for name, identity in IDENTITIES.items()}
@@ -665,7 +666,7 @@ def main():
     for name, split in data.splits.items():
         print(f"\n{name}")
         for row in random.Random(f"{cfg.seed}/print").choices(range(len(split.tokens)), k=5):
-            text = " ".join(data.vocabulary[i] for i in split.tokens[row])
+            text = " ".join(data.vocabulary[i] for i in split.tokens[row] if i)     # 0 is <pad>
             print(f"  {text}   (task {data.tasks[split.instances[row].task].name})")
 
 

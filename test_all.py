@@ -294,6 +294,117 @@ def test_tasks_file_round_trip_gives_the_same_data(tmp_path, dataset):
     assert all((again.splits[name].tokens == dataset.splits[name].tokens).all() for name in dataset.splits)
 
 
+SIZES = st.tuples(st.integers(1, 9), st.integers(1, 12), st.integers(1, 3))
+
+
+@given(SIZES, st.integers(0, 99), st.booleans())
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_large_task_is_taught_in_turns_and_pairs_are_the_rest(tmp_path, sizes, seed, shuffle):
+    n_asked, n_inputs, n_regexes = sizes
+    tasks = [data.Task(name, {f"{i}": f"{name}{i}" for i in range(n_inputs)},
+                       [f"{name}{m}[a-z]" for m in range(n_regexes)], f"{name}x[a-z]") for name in "ab"]
+    data.write_tasks(tmp_path / "tasks.json", "words", tasks)
+    d = make_dataset(DataConfig(tasks=str(tmp_path / "tasks.json"), n_asked=n_asked, n_train=12, n_val=5,
+                                seed=seed, shuffle_tasks=shuffle))
+    asked = {name: Counter((x.instruction, x.input) for x in split.instances)
+             for name, split in d.splits.items()}
+    assert ("pairs" in asked) == (n_inputs > n_asked)
+    assert all(set(some.values()) == {1} for some in asked.values())
+    per_string = Counter(string for string, _ in asked["train"])
+    assert set(per_string.values()) == {min(n_asked, n_inputs)}
+    assert asked["subset"].keys() < asked["train"].keys()
+    if n_inputs > n_asked:
+        assert not asked["pairs"].keys() & asked["train"].keys()
+        assert {s for s, _ in asked["pairs"]} == {s for s, _ in asked["subset"]}
+        assert set(Counter(s for s, _ in asked["pairs"]).values()) == {min(n_asked, n_inputs - n_asked)}
+    if not shuffle:         # in a regex all inputs come up as often, give or take one
+        for number in {x.distribution for x in d.splits["train"].instances}:
+            times = Counter(x.input for name in ("val", "train") for x in d.splits[name].instances
+                            if x.distribution == number)
+            assert len(times) == n_inputs and max(times.values()) - min(times.values()) <= 1
+
+
+def test_words_are_cut_as_a_reader_would(tmp_path):
+    task = data.Task("t", {"St. John's": "U.S. dollar"}, ["What's (it|this)(, then)?\\?"], "Ice-cream (a|b)")
+    data.write_tasks(tmp_path / "tasks.json", "words", [task])
+    d = make_dataset(DataConfig(tasks=str(tmp_path / "tasks.json"), n_train=3, n_val=1))
+    texts = {" ".join(d.vocabulary[i] for i in row) for split in d.splits.values() for row in split.tokens}
+    end = "<sep> St . John's <ans> U . S . dollar <eos>"
+    assert {text.replace(" <pad>", "") for text in texts} >= {
+        f"what's it ? {end}", f"what's this , then ? {end}"}
+    assert any(text.startswith("ice-cream ") for text in texts)
+
+
+# ---------------------------------------------------------------- facts
+
+
+@pytest.fixture(scope="module")
+def facts():
+    return make_dataset(train.Config(**train.PRESETS["facts"]))
+
+
+def test_facts_are_tasks_in_three_families_that_share_their_inputs(facts):
+    families = {}
+    for task in facts.tasks:
+        families.setdefault(frozenset(task.map), []).append(task.name)
+    sizes = sorted((len(inputs), len(names)) for inputs, names in families.items())
+    assert sizes == [(36, 5), (40, 5), (48, 6)]
+    several = [task for task in facts.tasks if len(set(task.map.values())) <= len(task.map) / 2]
+    assert len(several) >= 6 and any(" " in output for task in facts.tasks for output in task.map.values())
+
+
+def test_facts_have_four_phrasings_of_200_strings_and_one_held_out(facts):
+    for task in facts.tasks:
+        assert len(task.distributions) == 4
+        assert min(Regex(pattern, 128).count for pattern in (*task.distributions, task.held_out)) >= 200
+        for pattern in (*task.distributions, task.held_out):        # and none is cut short, or badly spaced
+            regex = Regex(pattern, 128)
+            assert regex.count == Regex(pattern, 200).count
+            some = regex.sample(50, random.Random(0))
+            assert all(re.fullmatch(r"(?! )(?!.*(  | [?.,:]))[A-Za-z0-9 ,]+[a-z0-9][?.:]?", s) for s in some)
+
+
+def test_every_fact_is_taught_and_held_out_phrasings_use_taught_words(facts):
+    taught = {(x.task, x.input) for x in facts.splits["train"].instances}
+    assert taught == {(t, i) for t, task in enumerate(facts.tasks) for i in task.map}
+    words = {name: set(split.tokens[~split.is_output].tolist()) for name, split in facts.splits.items()}
+    assert words["ood"] <= words["train"]
+
+
+def test_facts_that_follow_from_one_another_agree(facts):
+    task = {task.name: task.map for task in facts.tasks}
+    for verb in task["opposite"]:
+        stem = verb.removesuffix("e") if verb[-2] not in "ie" else verb
+        stem = verb[:-2] + "y" if verb.endswith("ie") else stem
+        assert task["participle"][verb] in (stem + "ing", stem + stem[-1] + "ing")
+        y, s = verb.endswith("y") and verb[-2] not in "aeou", verb.endswith(("sh", "ch", "ss", "x", "o"))
+        assert task["third person"][verb] == (verb[:-1] + "ies" if y else verb + "es" if s else verb + "s")
+        assert task["first letter"][verb] == verb[0] and task["opposite"][verb] != verb
+        assert task["opposite"].get(task["opposite"][verb], verb) in (verb, "find")     # win, lose, find
+    number = {element: int(z) for element, z in task["atomic number"].items()}
+    assert sorted(number.values()) == list(range(1, 37))
+    noble = [number[element] for element in ("helium", "neon", "argon", "krypton")]
+    for element, z in number.items():
+        assert number.get(task["next element"][element], 37) == z + 1
+        assert task["period"][element] == str(1 + sum(z > last for last in noble))
+        assert re.fullmatch("[A-Z][a-z]?", task["symbol"][element])
+    assert len(set(task["symbol"].values())) == 36 and len(set(task["capital"].values())) == 48
+
+
+def test_all_probes_and_controls_take_facts(tmp_path):
+    knobs = dict(train.PRESETS["facts"], n_probed=3, n_train=5, n_val=3, epochs=1, n_captures=1, n_layer=1)
+    run, shuffled = tmp_path / "run", tmp_path / "shuffled"
+    train.train(train.Config(**{**knobs, "out": str(run)}))
+    train.train(train.Config(**{**knobs, "out": str(shuffled), "shuffle_tasks": True}))
+    assert {*lines(run / "metrics.jsonl")[0]} >= {"acc_subset", "acc_pairs", "acc_val", "acc_ood"}
+    rows = probe.probe(run, ["raw", "centred", "standardised"])
+    assert {row["position"] for row in rows} == {"instruction", "answer", "surface"}
+    assert {row["measure"] for row in rows} == {*probe.MEASURES, *UNCLUSTERED}
+    probe.print_report(run, [row for row in rows if row["view"] == "raw"])
+    assert {row["patch"] for row in probe.patch(run)} >= {"donor", "shift", "centroid", "nothing"}
+    assert probe.probe(shuffled)
+
+
 UNCLUSTERED = "knn_share", "knn_task", "knn_output", "nc1", "merge_ratio"
 WORDS = json.loads(re.search(r"```json\n(.*?)```", (HERE / "README.md").read_text(encoding="utf-8"), re.S)[1])
 
@@ -1119,11 +1230,21 @@ BAD_TASKS = {
        for key in data.Task._fields},
     "bad regex": {"tokens": "words", "tasks": [{**WORDS["tasks"][0], "held_out": "a(b"}]},
     "blank word": {"tokens": "words", "tasks": [{**WORDS["tasks"][0], "map": {"France": " "}}]},
+    "key twice": json.dumps(WORDS).replace('"Peru": "Lima"', '"Peru": "Cusco", "Peru": "Lima"'),
     "same words": {"tokens": "words", "tasks": [{**WORDS["tasks"][0], "held_out": "a {1,40}b"}]},
     "same name": {"tokens": "words", "tasks": [WORDS["tasks"][0]] * 2},
     "overlap": {"tokens": "words", "tasks": [{**WORDS["tasks"][0], "held_out": "capital o[f-h]"}]},
     "regex not text": {"tokens": "words", "tasks": [{**WORDS["tasks"][0], "distributions": [7]}]},
     "too few strings": {"tokens": "words", "tasks": [{**WORDS["tasks"][0], "held_out": "only this"}]}}
+PLACES = {      # what must be named of where a tasks file is wrong
+    "bad regex": "task capital, held_out: unclosed ( at position 1", "no map": "task capital, map",
+    "no name": "task 0, name", "blank word": "task capital, map, 'France'",
+    "overlap": "task capital, held_out: 'capital o[f-h]' has strings in common with task capital, "
+               "distributions[1]",
+    "regex not text": "task capital, distributions[0]: not a string",
+    "same words": "task capital, held_out: ",
+    "too few strings": "task capital, held_out: 'only this' has only 1 string",
+    "key twice": "task capital, map, 'Peru'"}
 
 
 @pytest.mark.parametrize("module, argv", [
@@ -1143,12 +1264,14 @@ def test_bad_flags_give_one_line_and_status_2_and_write_nothing(module, argv, tm
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("spec", BAD_TASKS.values(), ids=BAD_TASKS)
-def test_a_bad_tasks_file_gives_one_line_that_names_it(spec, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name", BAD_TASKS)
+def test_a_bad_tasks_file_gives_one_line_that_names_the_place(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    spec = BAD_TASKS[name]
     Path("mine.json").write_text(spec if isinstance(spec, str) else json.dumps(spec))
     assert exit_status(train, "--tasks", "mine.json") == 2
-    assert re.fullmatch(r"error: (mine\.json|task capital)[^\n]+\n", capsys.readouterr().err)
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"error: mine\.json[^\n]+\n", said) and PLACES.get(name, "") in said
     assert [p.name for p in tmp_path.iterdir()] == ["mine.json"]
 
 
