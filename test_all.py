@@ -361,7 +361,7 @@ def test_facts_have_four_phrasings_of_200_strings_and_one_held_out(facts):
             regex = Regex(pattern, 128)
             assert regex.count == Regex(pattern, 200).count
             some = regex.sample(50, random.Random(0))
-            assert all(re.fullmatch(r"(?! )(?!.*(  | [?.,:]))[A-Za-z0-9 ,]+[a-z0-9][?.:]?", s) for s in some)
+            assert all(re.fullmatch(r"(?! )(?!.*(  | [?.,:]))[A-Za-z0-9 ,-]+[a-z0-9][?.:]?", s) for s in some)
 
 
 def test_every_fact_is_taught_and_held_out_phrasings_use_taught_words(facts):
