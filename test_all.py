@@ -406,20 +406,24 @@ def test_all_probes_and_controls_take_facts(tmp_path):
 
 
 UNCLUSTERED = "knn_share", "knn_task", "knn_output", "nc1", "merge_ratio"
-WORDS = json.loads(re.search(r"```json\n(.*?)```", (HERE / "README.md").read_text(encoding="utf-8"), re.S)[1])
+README = (HERE / "README.md").read_text(encoding="utf-8")
+WORDS = json.loads(re.search(r"```json\n(.*?)```", README, re.S)[1])
 
 
-def test_the_tasks_file_of_the_readme_trains(tmp_path):
+def test_the_tasks_file_of_the_readme_has_20_lines_is_learnt_and_probed(tmp_path):
+    assert len(README.split("```json\n")[1].split("\n```")[0].splitlines()) == 20
     (tmp_path / "mine.json").write_text(json.dumps(WORDS))
-    out = train.train(train.Config(tasks=str(tmp_path / "mine.json"), epochs=2, out=str(tmp_path / "run")))
+    out = train.train(train.Config(tasks=str(tmp_path / "mine.json"), batch_size=32, n_captures=3,
+                                   out=str(tmp_path / "run")))
+    assert lines(out / "metrics.jsonl")[-1]["acc_val"] > 0.9
     d = make_dataset(train.read_config(out))
     texts = [" ".join(d.vocabulary[i] for i in row) for row in d.splits["train"].tokens]
-    assert any("New Zealand <ans> Wellington <eos>" in text for text in texts)
+    assert any("guinea pig <ans> wheek <eos>" in text for text in texts)
     assert {row["measure"] for row in probe.probe(out, ["raw", "centred"])} == {*probe.MEASURES, *UNCLUSTERED}
 
 
 def test_every_promise_of_the_readme_is_a_test_here():
-    text = (HERE / "README.md").read_text(encoding="utf-8").split("## What is promised")[1].split("\n## ")[0]
+    text = README.split("## What is promised")[1].split("\n## ")[0]
     names = re.findall(r"`(\w{15,})`", text)
     assert len(names) > 15 and all(callable(globals()[f"test_{name}"]) for name in names)
 
@@ -1229,22 +1233,20 @@ BAD_TASKS = {
     **{f"no {key}": {"tokens": "words", "tasks": [{k: v for k, v in WORDS["tasks"][0].items() if k != key}]}
        for key in data.Task._fields},
     "bad regex": {"tokens": "words", "tasks": [{**WORDS["tasks"][0], "held_out": "a(b"}]},
-    "blank word": {"tokens": "words", "tasks": [{**WORDS["tasks"][0], "map": {"France": " "}}]},
-    "key twice": json.dumps(WORDS).replace('"Peru": "Lima"', '"Peru": "Cusco", "Peru": "Lima"'),
+    "blank word": {"tokens": "words", "tasks": [{**WORDS["tasks"][0], "map": {"dog": " "}}]},
+    "key twice": json.dumps(WORDS).replace('"cow": "calf"', '"cow": "veal", "cow": "calf"'),
     "same words": {"tokens": "words", "tasks": [{**WORDS["tasks"][0], "held_out": "a {1,40}b"}]},
     "same name": {"tokens": "words", "tasks": [WORDS["tasks"][0]] * 2},
-    "overlap": {"tokens": "words", "tasks": [{**WORDS["tasks"][0], "held_out": "capital o[f-h]"}]},
+    "overlap": {"tokens": "words", "tasks": [{**WORDS["tasks"][0], "held_out": "offspring( name)?"}]},
     "regex not text": {"tokens": "words", "tasks": [{**WORDS["tasks"][0], "distributions": [7]}]},
     "too few strings": {"tokens": "words", "tasks": [{**WORDS["tasks"][0], "held_out": "only this"}]}}
 PLACES = {      # what must be named of where a tasks file is wrong
-    "bad regex": "task capital, held_out: unclosed ( at position 1", "no map": "task capital, map",
-    "no name": "task 0, name", "blank word": "task capital, map, 'France'",
-    "overlap": "task capital, held_out: 'capital o[f-h]' has strings in common with task capital, "
+    "bad regex": "task young, held_out: unclosed ( at position 1", "no map": "task young, map",
+    "no name": "task 0, name", "blank word": "task young, map, 'dog'", "key twice": "task young, map, 'cow'",
+    "overlap": "task young, held_out: 'offspring( name)?' has strings in common with task young, "
                "distributions[1]",
-    "regex not text": "task capital, distributions[0]: not a string",
-    "same words": "task capital, held_out: ",
-    "too few strings": "task capital, held_out: 'only this' has only 1 string",
-    "key twice": "task capital, map, 'Peru'"}
+    "regex not text": "task young, distributions[0]: not a string", "same words": "task young, held_out: ",
+    "too few strings": "task young, held_out: 'only this' has only 1 string"}
 
 
 @pytest.mark.parametrize("module, argv", [
