@@ -461,7 +461,7 @@ def read_tasks(path: str | Path, max_len: int = 64) -> tuple[str, list[Task]]:
         return {key: value if times[key] == 1 else None for key, value in pairs}
 
     try:
-        spec = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=once)
+        spec = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=once)
         json.dumps(spec, ensure_ascii=False).encode()           # what we could not write again is no text
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path} is not a tasks file, it is not JSON: {e}") from None
@@ -479,6 +479,8 @@ def read_tasks(path: str | Path, max_len: int = 64) -> tuple[str, list[Task]]:
         for io in task.map.items():
             check(all(isinstance(word, str) and word.strip() for word in io), f"{where}, map, {io[0]!r:.60}",
                   "needs one output, and both must be text that is not blank")
+        check(len({*map(tuple, map(WORD.findall, task.map))}) == len(task.map), f"{where}, map",
+              "has two inputs that are the same words")
         tasks[task.name] = task
         for m, pattern in enumerate((*task.distributions, task.held_out)):
             try:
@@ -562,11 +564,15 @@ def make_dataset(cfg: DataConfig) -> Dataset:
     if cfg.n_val > cfg.n_train:
         raise ValueError(f"n_val ({cfg.n_val}) is above n_train ({cfg.n_train}), subset would be smaller")
     cut_into, tasks = read_tasks(cfg.tasks, cfg.max_len) if cfg.tasks else ("characters", random_tasks(cfg))
+    file = f"{cfg.tasks}, " if cfg.tasks else ""
     instances, places = {"train": [], "subset": [], "val": [], "ood": [], "pairs": []}, []
     for t, task in enumerate(tasks):
+        if len(task.map) > cfg.n_train * cfg.n_asked:
+            raise ValueError(f"{file}task {task.name}, map: {len(task.map)} inputs are more than a regex "
+                             f"teaches: raise n_asked ({cfg.n_asked}) or n_train ({cfg.n_train})")
         for m, pattern in enumerate((*task.distributions, task.held_out)):
             number, trained = len(places), m < len(task.distributions)
-            places.append(f"{cfg.tasks}, " * bool(cfg.tasks) + place(task, m))
+            places.append(file + place(task, m))
             rng = random.Random(f"{cfg.seed_of('data')}/instructions/{number}")
             try:                            # distinct strings, so none is in both parts
                 strings = Regex(pattern, cfg.max_len).sample(cfg.n_val + trained * cfg.n_train, rng)
@@ -588,8 +594,8 @@ def make_dataset(cfg: DataConfig) -> Dataset:
     everything = dict.fromkeys(x for some in instances.values() for x in some)
     texts, prompts = {}, {}
     for x in everything:
-        told = x.instruction if cut_into == "characters" else WORD.findall(x.instruction.lower())
-        prompt = [*told, SEP, *WORD.findall(x.input), ANS]
+        said = x.instruction if cut_into == "characters" else WORD.findall(x.instruction.lower())
+        prompt = [*said, SEP, *WORD.findall(x.input), ANS]
         texts[x] = [*prompt, *WORD.findall(x.output), EOS]
         twin = prompts.setdefault(tuple(prompt), x)
         if twin[:2] != x[:2]:

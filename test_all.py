@@ -317,11 +317,12 @@ def test_a_large_task_is_taught_in_turns_and_pairs_are_the_rest(tmp_path, sizes,
         assert not asked["pairs"].keys() & asked["train"].keys()
         assert {s for s, _ in asked["pairs"]} == {s for s, _ in asked["subset"]}
         assert set(Counter(s for s, _ in asked["pairs"]).values()) == {min(n_asked, n_inputs - n_asked)}
-    if not shuffle:         # in a regex all inputs come up as often, give or take one
+    if not shuffle:         # a regex teaches all inputs, and asks as often for each, give or take one
         for number in {x.distribution for x in d.splits["train"].instances}:
-            times = Counter(x.input for name in ("val", "train") for x in d.splits[name].instances
-                            if x.distribution == number)
-            assert len(times) == n_inputs and max(times.values()) - min(times.values()) <= 1
+            taught, seen = ([x.input for x in d.splits[name].instances if x.distribution == number]
+                            for name in ("train", "val"))
+            times = Counter(taught + seen)
+            assert len(set(taught)) == n_inputs and max(times.values()) - min(times.values()) <= 1
 
 
 def test_words_are_cut_as_a_reader_would(tmp_path):
@@ -1236,6 +1237,9 @@ BAD_TASKS = {
     "blank word": {"tokens": "words", "tasks": [{**WORDS["tasks"][0], "map": {"dog": " "}}]},
     "key twice": json.dumps(WORDS).replace('"cow": "calf"', '"cow": "veal", "cow": "calf"'),
     "same words": {"tokens": "words", "tasks": [{**WORDS["tasks"][0], "held_out": "a {1,40}b"}]},
+    "same input": {"tokens": "words", "tasks": [{**WORDS["tasks"][0], "map": {"a b": "1", "a  b": "2"}}]},
+    "many inputs": {"tokens": "words", "tasks": [
+        {**WORDS["tasks"][0], "map": {f"{i}": "1" for i in range(161)}}]},
     "same name": {"tokens": "words", "tasks": [WORDS["tasks"][0]] * 2},
     "overlap": {"tokens": "words", "tasks": [{**WORDS["tasks"][0], "held_out": "offspring( name)?"}]},
     "regex not text": {"tokens": "words", "tasks": [{**WORDS["tasks"][0], "distributions": [7]}]},
@@ -1245,6 +1249,7 @@ PLACES = {      # what must be named of where a tasks file is wrong
     "no name": "task 0, name", "blank word": "task young, map, 'dog'", "key twice": "task young, map, 'cow'",
     "overlap": "task young, held_out: 'offspring( name)?' has strings in common with task young, "
                "distributions[1]",
+    "same input": "task young, map: has two", "many inputs": "task young, map: 161 inputs",
     "regex not text": "task young, distributions[0]: not a string", "same words": "task young, held_out: ",
     "too few strings": "task young, held_out: 'only this' has only 1 string"}
 
