@@ -450,13 +450,13 @@ def place(task: Task, m: int) -> str:
     return f"task {task.name}, " + ("held_out" if last else f"distributions[{m}]")
 
 
-def read_tasks(path: str | Path, max_len: int = 64) -> tuple[str, list[Task]]:
+def read_tasks(path: str | Path, max_len: int) -> tuple[str, list[Task]]:
     """Read a tasks file. Raises ValueError naming task, key and fault, OSError if it cannot be read."""
     def check(right, where, rule):
         if not right:
             raise ValueError(f"{path}, {where}: {rule}")
 
-    def once(pairs):                # a key given twice would hide a value: null, which no check lets pass
+    def once(pairs):        # of a key given twice, json keeps the last value; a null no check below lets pass
         times = Counter(key for key, _ in pairs)
         return {key: value if times[key] == 1 else None for key, value in pairs}
 
@@ -465,9 +465,11 @@ def read_tasks(path: str | Path, max_len: int = 64) -> tuple[str, list[Task]]:
         json.dumps(spec, ensure_ascii=False).encode()           # what we could not write again is no text
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path} is not a tasks file, it is not JSON: {e}") from None
-    check(isinstance(spec, dict) and isinstance(spec.get("tasks"), list), "tasks", "must be a list")
+    check(isinstance(spec, dict) and isinstance(spec.get("tasks"), list), "tasks",
+          "must be a list, and there once")
     check(spec["tasks"], "tasks", "must not be empty")
-    check(spec.get("tokens") in ("characters", "words"), "tokens", 'must be "characters" or "words"')
+    check(spec.get("tokens") in ("characters", "words"), "tokens",
+          'must be "characters" or "words", and there once')
     tasks, regexes = {}, []
     for number, entry in enumerate(spec["tasks"]):
         where = f"task {entry.get('name', number) if isinstance(entry, dict) else number}"
@@ -592,14 +594,13 @@ def make_dataset(cfg: DataConfig) -> Dataset:
 
     instances = {name: some for name, some in instances.items() if some}    # there may be no `pairs`
     everything = dict.fromkeys(x for some in instances.values() for x in some)
-    texts, prompts = {}, {}
+    texts, first_said = {}, {}
     for x in everything:
         said = x.instruction if cut_into == "characters" else WORD.findall(x.instruction.lower())
-        prompt = [*said, SEP, *WORD.findall(x.input), ANS]
-        texts[x] = [*prompt, *WORD.findall(x.output), EOS]
-        twin = prompts.setdefault(tuple(prompt), x)
-        if twin[:2] != x[:2]:
-            raise ValueError(f"{places[x.distribution]}: {twin[:2]} and {x[:2]} are the same words, "
+        texts[x] = [*said, SEP, *WORD.findall(x.input), ANS, *WORD.findall(x.output), EOS]
+        twin = first_said.setdefault(tuple(said), x).instruction
+        if twin != x.instruction:
+            raise ValueError(f"{places[x.distribution]}: {twin!r} and {x.instruction!r} are the same words, "
                              "let them differ in more than spaces and capitals")
     vocabulary = [*SPECIALS, *sorted(set().union(*texts.values()) - set(SPECIALS))]
     width, id_of = max(map(len, texts.values())), {token: i for i, token in enumerate(vocabulary)}

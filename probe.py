@@ -232,7 +232,9 @@ def match(value: np.ndarray) -> np.ndarray:
         length, came_from, price = np.full((batch, n), math.inf), np.zeros((batch, n), int), v.copy()
         done, reached, sink = np.full((batch, n), math.inf), np.zeros(batch), np.zeros(batch, int)
         b, row, came = np.arange(batch), np.full(batch, start), came_from
-        while len(b):                                   # Dijkstra, in those (b) that have no free column yet
+        # Dijkstra, in those (b) that have no free column yet; length, price, came and late are theirs alone,
+        # and a column that is done has length inf and price -inf, so that it stays so
+        while len(b):
             new = cost[b, row]
             new -= price
             new += (reached[b] - u[b, row])[:, None]

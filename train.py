@@ -34,7 +34,7 @@ from model import GPT, ModelConfig
 
 # ---------------------------------------------------------------- configuration
 
-CAPTURED = "subset", "val", "ood"       # the splits whose states are kept
+CAPTURED = "subset", "val", "ood"       # the splits whose states are kept; of `pairs`, the accuracy only
 
 
 @dataclass
