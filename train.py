@@ -1,7 +1,7 @@
 """Train a causal language model on instructions, and keep its hidden states along the way.
 
     python train.py                                   the default run, into runs/default
-    python train.py --preset quick                    seconds, into runs/quick; there is large, too
+    python train.py --preset quick                    seconds, into runs/quick; facts and large, likewise
     python train.py --tasks mine.json --n-layer 6     your own tasks, any knob (--help lists them)
     python train.py --resume                          go on where a run was stopped
 
