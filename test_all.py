@@ -393,7 +393,7 @@ def test_facts_that_follow_from_one_another_agree(facts):
 
 
 def test_all_probes_and_controls_take_facts(tmp_path):
-    knobs = dict(train.PRESETS["facts"], n_probed=3, n_train=6, n_val=3, epochs=1, n_captures=1, n_layer=1)
+    knobs = dict(train.PRESETS["facts"], n_probed=2, n_train=6, n_val=3, epochs=1, n_captures=1, n_layer=1)
     run, shuffled = tmp_path / "run", tmp_path / "shuffled"
     train.train(train.Config(**{**knobs, "out": str(run)}))
     train.train(train.Config(**{**knobs, "out": str(shuffled), "shuffle_tasks": True}))
@@ -413,7 +413,7 @@ WORDS = json.loads(re.search(r"```json\n(.*?)```", README, re.S)[1])
 
 def test_the_tasks_file_of_the_readme_is_learnt_and_probed(tmp_path):
     (tmp_path / "mine.json").write_text(json.dumps(WORDS))
-    out = train.train(train.Config(tasks=str(tmp_path / "mine.json"), batch_size=32, n_captures=3,
+    out = train.train(train.Config(tasks=str(tmp_path / "mine.json"), batch_size=32, epochs=12, n_captures=1,
                                    out=str(tmp_path / "run")))
     assert lines(out / "metrics.jsonl")[-1]["acc_val"] > 0.9
     d = make_dataset(train.read_config(out))
@@ -1125,7 +1125,7 @@ def test_onset_is_the_step_after_which_it_always_holds():
 
 
 def test_probe_rows_are_complete_and_layer_0_is_its_null(run):
-    rows = probe.probe(run, ["raw", "centred"])
+    rows = probe.probe(run, ["raw", "centred", "standardised"])
     assert rows == lines(run / "probe.jsonl")
     fields = "step layer position split identity measure view value null_mean null_95 "
     assert all(" ".join(row) == fields + "regrouped_mean regrouped_95" for row in rows)
