@@ -472,12 +472,12 @@ def read_tasks(path: str | Path, max_len: int) -> tuple[str, list[Task]]:
           'must be "characters" or "words", and there once')
     tasks, regexes = {}, []
     for number, entry in enumerate(spec["tasks"]):
-        where = f"task {entry.get('name', number) if isinstance(entry, dict) else number}"
+        where = f"task {isinstance(entry, dict) and entry.get('name') or number}"
         for key, kind in {"name": str, "map": dict, "distributions": list, "held_out": str}.items():
             check(isinstance(entry, dict) and isinstance(entry.get(key), kind) and entry[key],
                   f"{where}, {key}", f"is missing, empty, there twice or not a {kind.__name__}")
         task = Task(**{key: entry[key] for key in Task._fields})
-        check(task.name not in tasks, where, "needs a name of its own")
+        check(task.name not in tasks, f"{where}, name", "is another task's, too")
         for io in task.map.items():
             check(all(isinstance(word, str) and word.strip() for word in io), f"{where}, map, {io[0]!r:.60}",
                   "needs one output, and both must be text that is not blank")
@@ -485,6 +485,7 @@ def read_tasks(path: str | Path, max_len: int) -> tuple[str, list[Task]]:
               "has two inputs that are the same words")
         tasks[task.name] = task
         for m, pattern in enumerate((*task.distributions, task.held_out)):
+            check(isinstance(pattern, str), place(task, m), "must be text")
             try:
                 regex = Regex(pattern, max_len)
                 twin = next((one for one, other in regexes if not regex.isdisjoint(other)), None)

@@ -578,7 +578,7 @@ def print_report(run: str | Path, rows: list[dict], beside: list[dict] = ()):
             print(f"{head:30}" + "".join(
                 f"{'-':>7} " if row[column] is None else
                 f"{row[column]:7.2f}{shades[max(0, min(4, int(5 * row[column])))]}" for row in at
-            ) + (f"   null {at[-1]['null_95']:.2f}" if bound else ""))
+            ) + (f"   null {at[-1]['null_95']:.2f}" if bound and at[-1]["null_95"] is not None else ""))
 
     here, there = val(rows), val(beside)
     steps, layers = (sorted({row[key] for row in rows}) for key in ("step", "layer"))
