@@ -25,11 +25,15 @@ facts: .venv/made   ## train and probe runs/facts: English instructions about re
 	$(PY) train.py --preset facts $(if $(wildcard runs/facts),--resume)
 	$(PY) probe.py runs/facts
 
+apply: .venv/made   ## what clusters are good for: pre-training and alignment, three seeds each
+	$(PY) apply.py pretrain
+	$(PY) apply.py align
+
 test: .venv/made    ## run the tests
 	$(PY) -m pytest -q test_all.py
 
 clean:           ## remove .venv, caches and the runs made by this file
-	rm -rf .venv .pytest_cache .hypothesis __pycache__ runs/default runs/quick runs/shuffled runs/facts
+	rm -rf .venv .pytest_cache .hypothesis __pycache__ runs/default runs/quick runs/shuffled runs/facts runs/pretrain runs/align
 
 .venv/made: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -37,4 +41,4 @@ clean:           ## remove .venv, caches and the runs made by this file
 	touch $@
 
 .DEFAULT_GOAL := help
-.PHONY: help train probe control quick facts test clean
+.PHONY: help train probe control quick facts apply test clean

@@ -342,6 +342,9 @@ class DataConfig:
     n_train: int = knob(20, "training instructions a regex")
     n_val: int = knob(10, "instructions a regex in subset, in val and in ood")
     n_asked: int = knob(8, "inputs an instruction is taught with; of its task's others, as many are `pairs`")
+    asks_for: str = knob("output", "what an instruction asks for: the output of an input; or, without one, "
+                         "its own task or distribution; or nothing",
+                         choices=("output", "task", "distribution", "nothing"))
     n_probed: int = knob(64, "tasks that subset, val and ood are about; any more are only trained on")
     max_len: int = knob(128, "longest instruction, in characters")
     shuffle_tasks: bool = knob(False, "give every instruction a random task, to be memorised", least=0)
@@ -500,7 +503,8 @@ def read_tasks(path: str | Path, max_len: int) -> tuple[str, list[Task]]:
 # ---------------------------------------------------------------- splits and tokens
 
 PAD, SEP, ANS, EOS = SPECIALS = "<pad>", "<sep>", "<ans>", "<eos>"      # <pad> is token 0
-WORD = re.compile(r"\w+(?:['’-]\w+)*|[^\w\s]")    # "what's" and "ice-cream" are one token each
+REFUSE = "<refuse>"         # an output that apply.py teaches
+WORD = re.compile(REFUSE + r"|\w+(?:['’-]\w+)*|[^\w\s]")     # "what's" and "ice-cream" are one token each
 
 
 class Instance(NamedTuple):
@@ -583,8 +587,12 @@ def make_dataset(cfg: DataConfig) -> Dataset:
                 raise ValueError(f"{places[number]}: {e}; widen it, lower n_train or n_val, or raise max_len"
                                  ) from None
             told = {s: rng.randrange(len(tasks)) if cfg.shuffle_tasks else t for s in strings}
-            turns = {u: take_turns([*tasks[u].map.items()], cfg.n_asked, rng) for u in {*told.values()}}
-            asked = {s: next(turns[told[s]]) for s in strings}
+            if cfg.asks_for == "output":
+                turns = {u: take_turns([*tasks[u].map.items()], cfg.n_asked, rng) for u in {*told.values()}}
+                asked = {s: next(turns[told[s]]) for s in strings}
+            else:
+                numbers = {"task": told, "distribution": dict.fromkeys(strings, number)}.get(cfg.asks_for)
+                asked = {s: ([("", f"{cfg.asks_for}{numbers[s]}" if numbers else "")], []) for s in strings}
             unseen, train = strings[:cfg.n_val], strings[cfg.n_val:]
             subset = train[:cfg.n_val]
             for name, some, part in [("train", train, 0), ("subset", subset, 0), ("pairs", subset, 1),
@@ -594,15 +602,25 @@ def make_dataset(cfg: DataConfig) -> Dataset:
                         Instance(s, *io, told[s], number) for s in some for io in asked[s][part]]
 
     instances = {name: some for name, some in instances.items() if some}    # there may be no `pairs`
-    everything = dict.fromkeys(x for some in instances.values() for x in some)
-    texts, first_said = {}, {}
-    for x in everything:
-        said = x.instruction if cut_into == "characters" else WORD.findall(x.instruction.lower())
-        texts[x] = [*said, SEP, *WORD.findall(x.input), ANS, *WORD.findall(x.output), EOS]
-        twin = first_said.setdefault(tuple(said), x).instruction
-        if twin != x.instruction:
-            raise ValueError(f"{places[x.distribution]}: {twin!r} and {x.instruction!r} are the same words, "
+    first_said = {}
+    for s, number in {x.instruction: x.distribution for some in instances.values() for x in some}.items():
+        twin = first_said.setdefault(tuple(said(s, cut_into)), s)
+        if twin != s:
+            raise ValueError(f"{places[number]}: {twin!r} and {s!r} are the same words, "
                              "let them differ in more than spaces and capitals")
+    return Dataset(cut_into, tasks, *encode(instances, cut_into))
+
+
+def said(instruction: str, cut_into: str) -> list[str]:
+    """The tokens of an instruction."""
+    return list(instruction) if cut_into == "characters" else WORD.findall(instruction.lower())
+
+
+def encode(instances: dict[str, list[Instance]], cut_into: str) -> tuple[list[str], dict[str, Split]]:
+    """The vocabulary of all these instances, and each list of them as a split."""
+    everything = dict.fromkeys(x for some in instances.values() for x in some)
+    texts = {x: [*said(x.instruction, cut_into), SEP, *WORD.findall(x.input),
+                 ANS, *WORD.findall(x.output), EOS] for x in everything}
     vocabulary = [*SPECIALS, *sorted(set().union(*texts.values()) - set(SPECIALS))]
     width, id_of = max(map(len, texts.values())), {token: i for i, token in enumerate(vocabulary)}
     values = {name: sorted({identity(x) for x in everything}) for name, identity in IDENTITIES.items()}
@@ -615,7 +633,7 @@ def make_dataset(cfg: DataConfig) -> Dataset:
                       for key, identity in IDENTITIES.items()}
         splits[name] = Split(some, rows, (np.arange(width) > ans[:, None]) & (rows != 0), identities, {
             "instruction": (first, sep[first]), "answer": (np.arange(len(some)), ans)})
-    return Dataset(cut_into, tasks, vocabulary, splits)
+    return vocabulary, splits
 
 
 # ---------------------------------------------------------------- the command line

@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 
 from data import Dataset, Flags, Split, command_line
-from train import (CAPTURED, capture_path, captured, make_generator, make_model, observe, pick_device,
-                   read_arrays, read_config, read_data, read_rows, restore, write_rows)
+from train import (CAPTURED, capture_path, captured, make_generator, observe, pick_device, read_arrays,
+                   read_config, read_data, read_model, read_rows, write_rows)
 
 # ---------------------------------------------------------------- k-means
 
@@ -447,10 +447,10 @@ def load(run: str | Path, steps: list[int], split: str, position: str, n: int) -
     return torch.from_numpy(np.stack(states))
 
 
-def surface(data: Dataset) -> dict[str, torch.Tensor]:
+def surface(data: Dataset, names=CAPTURED) -> dict[str, torch.Tensor]:
     """No network at all: split -> (1, 1, n, F), how often each token and bigram is in an instruction."""
     bags = {}
-    for name in CAPTURED:
+    for name in names:
         split = data.splits[name]
         texts = (split.tokens[row, :column].tolist() for row, column in zip(*split.positions["instruction"]))
         bags[name] = [Counter([*text, *zip(text, text[1:])]) for text in texts]
@@ -668,9 +668,7 @@ def patch(run: str | Path) -> list[dict]:
     """
     cfg, data = read_config(run), read_data(run)
     device = pick_device(cfg)
-    model = make_model(cfg, data).to(device)
-    if not restore(cfg, Path(run), model, [])[1]:
-        raise ValueError(f"{run} has no checkpoint: train it first")
+    model = read_model(run, data, device)
     val, subset, generator = data.splits["val"], data.splits["subset"], make_generator(cfg.seed, "patch")
     read = {position: columns[val.state_of(position)] for position, (_, columns) in val.positions.items()}
     donor = donors(val, read, {x.task for x in subset.instances}, cfg.seed)     # centroids are of subset

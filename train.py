@@ -41,10 +41,13 @@ CAPTURED = "subset", "val", "ood"       # the splits whose states are kept; of `
 class Config(DataConfig):
     """Every knob of a run: the data's, and these."""
     out: str = knob("runs/default", "run folder")
+    start: str = knob("", "a run whose weights to begin with, those of tokens and places that both runs have")
+    start: str = knob("", "a run whose weights to begin with; of tokens and places, those that both have")
     n_layer: int = knob(4, "blocks", most=1000)
     n_head: int = knob(4, "attention heads a block")
     n_embd: int = knob(64, "width", most=2 ** 14)
     epochs: int = knob(20, "passes over the training instances")
+    steps: int = knob(0, "how many there are; 0: as epochs says", least=0)
     batch_size: int = knob(256, "instances a step")
     loss_on: str = knob("all", "all: every next token, a causal language model; answer: the output alone",
                         choices=("all", "answer"))
@@ -160,11 +163,15 @@ def digest(data: Dataset) -> str:
     return hashlib.sha256(b"".join(split.tokens.tobytes() for split in data.splits.values())).hexdigest()
 
 
-def read_data(run: str | Path) -> Dataset:
-    """The data of a run folder, made again from its tasks.json. Raises ValueError if it is not the same."""
-    data = make_dataset(dataclasses.replace(read_config(run), tasks=str(Path(run) / "tasks.json")))
+def read_data(run: str | Path, data: Dataset | None = None) -> Dataset:
+    """The data of a run folder: made again from its tasks.json, or what `train` was given for it.
+
+    Raises ValueError if it is not the same as then.
+    """
+    data = data or make_dataset(dataclasses.replace(read_config(run), tasks=str(Path(run) / "tasks.json")))
     if json.loads((Path(run) / "config.json").read_text(encoding="utf-8")).get("data") != digest(data):
-        raise ValueError(f"{run}: tasks.json, config.json or data.py has changed since, train again")
+        raise ValueError(f"{run}: tasks.json, config.json or data.py has changed since, or the run was given "
+                         "other data: train again")
     made = labels_of(data)
     for name, ids in read_arrays(Path(run) / "states" / "labels.npz").items():
         if not np.array_equal(ids, made.get(name)):
@@ -239,7 +246,35 @@ def record(cfg: Config, out: Path, model: GPT, optimizers: list[torch.optim.Opti
     write_rows(out / "metrics.jsonl", rows)
 
 
-def prepare(cfg: Config, resume: bool) -> tuple[Dataset, torch.device]:
+def read_model(run: str | Path, data: Dataset, device: torch.device) -> GPT:
+    """The network of a run as it was last saved. Raises ValueError if there is no sound checkpoint."""
+    cfg = read_config(run)
+    model = make_model(cfg, data).to(device)
+    if not restore(cfg, Path(run), model, [])[1]:
+        raise ValueError(f"{run} has no checkpoint: train it first")
+    return model
+
+
+def begin_with(run: str | Path, model: GPT, data: Dataset):
+    """Give a model the weights of another run; of tokens and places only those that both have.
+
+    Raises ValueError if that run is not sound, or its blocks are not like the model's.
+    """
+    cfg, of_run = read_config(run), read_data(run)
+    other = [key for key in ("n_layer", "n_head", "n_embd") if getattr(cfg, key) != getattr(model.cfg, key)]
+    if other:
+        raise ValueError(f"start: {run} has another {', '.join(other)}: give the same")
+    new, old = model.state_dict(), read_model(run, of_run, model.token.weight.device).state_dict()
+    id_of = {token: i for i, token in enumerate(of_run.vocabulary)}
+    both = [(i, id_of[token]) for i, token in enumerate(data.vocabulary) if token in id_of]
+    places = range(min(model.cfg.block_size, len(old["position.weight"])))
+    rows = {"token.weight": zip(*both), "position.weight": (places, places)}
+    for key, weight in new.items():         # which are the model's own, not copies
+        mine, theirs = map(list, rows[key]) if key in rows else (..., ...)
+        weight[mine] = old[key][theirs]
+
+
+def prepare(cfg: Config, resume: bool, data: Dataset | None) -> tuple[Dataset, torch.device]:
     """The data and the device of a run, or a ValueError if it cannot be, or if a folder is in the way."""
     out = Path(cfg.out)
     if resume:
@@ -249,18 +284,19 @@ def prepare(cfg: Config, resume: bool) -> tuple[Dataset, torch.device]:
     elif out.exists():
         raise ValueError(f"{out} exists: choose another --out, delete it, or go on with it by --resume")
     # a run goes on with the tasks it began with, whatever has become of the file they came from
-    return (read_data(out) if resume else make_dataset(cfg)), pick_device(cfg)
+    return (read_data(out, data) if resume else data or make_dataset(cfg)), pick_device(cfg)
 
 
 # ---------------------------------------------------------------- what is measured
 
 
 @torch.no_grad()
-def observe(model: GPT, split: Split, batch: int = 512) -> tuple[float, dict[str, np.ndarray]]:
-    """Task accuracy, and position -> (L + 1, n, C) float16 states.
+def observe(model: GPT, split: Split, batch: int = 512) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Which instances are answered right, (N,) bool, and position -> (L + 1, n, C) float16 states.
 
-    The greedy output is exactly the true one if, and only if, each of its tokens and the <eos> after it is
-    the likeliest next token given the true ones before it: one forward pass tells.
+    Task accuracy is the share of the right ones. The greedy output is exactly the true one if, and only if,
+    each of its tokens and the <eos> after it is the likeliest next token given the true ones before it: one
+    forward pass tells.
     """
     device = model.token.weight.device
     right, states = [], {position: [] for position in split.positions}
@@ -274,8 +310,8 @@ def observe(model: GPT, split: Split, batch: int = 512) -> tuple[float, dict[str
             mine = (start <= rows) & (rows < start + batch)
             read = [x[rows[mine] - start, columns[mine]] for x in layers]
             states[position].append(torch.stack(read).half().cpu())
-    accuracy = float(np.concatenate(right).mean())
-    return accuracy, {position: torch.cat(parts, 1).numpy() for position, parts in states.items()}
+    states = {position: torch.cat(parts, 1).numpy() for position, parts in states.items()}
+    return np.concatenate(right), states
 
 
 def evaluate(model: GPT, data: Dataset, out: Path, step: int, keep: bool) -> dict[str, float]:
@@ -284,7 +320,7 @@ def evaluate(model: GPT, data: Dataset, out: Path, step: int, keep: bool) -> dic
     if keep:
         write_arrays(capture_path(out, step), {
             f"{name}/{position}": x for name in CAPTURED for position, x in seen[name][1].items()})
-    return {f"acc_{name}": accuracy for name, (accuracy, _) in seen.items()}
+    return {f"acc_{name}": float(right.mean()) for name, (right, _) in seen.items()}
 
 
 # ---------------------------------------------------------------- training
@@ -312,13 +348,15 @@ def check_finite(model: GPT, losses: list[torch.Tensor], step: int):
                          "with a lower --lr or --muon-lr (the last good checkpoint is kept)")
 
 
-def train(cfg: Config, resume: bool = False, asked: list = ()) -> Path:
+def train(cfg: Config, resume: bool = False, asked: list = (), data: Dataset | None = None) -> Path:
     """Train as cfg says, or go on with the run in cfg.out; return that folder, laid out as README.md tells.
 
-    Once `asked` is not empty, the run is saved and KeyboardInterrupt raised. Raises ValueError for a loss
-    that is not finite, and, with nothing written, for a configuration that cannot be or a folder in the way.
+    `data`, if given, is taught in place of what cfg describes; whoever goes on with the run or reads it gives
+    it again. Once `asked` is not empty, the run is saved and KeyboardInterrupt raised. Raises ValueError for
+    a loss that is not finite, and, with nothing written, for a configuration that cannot be or a folder in
+    the way.
     """
-    data, device = prepare(cfg, resume)
+    data, device = prepare(cfg, resume, data)
     out, split = Path(cfg.out), data.splits["train"]
     scored = split.is_output if cfg.loss_on == "answer" else split.tokens != 0      # 0 is <pad>
     targets = torch.from_numpy(np.where(scored, split.tokens, -100)).to(device)     # (N, T), -100: not scored
@@ -326,10 +364,12 @@ def train(cfg: Config, resume: bool = False, asked: list = ()) -> Path:
     length = (split.tokens != 0).sum() / len(tokens)                                # tokens an instance
     batch = min(cfg.batch_size, len(tokens))
     per_epoch = len(tokens) // batch                    # what is left over waits for another epoch's order
-    total = cfg.epochs * per_epoch
+    total = cfg.steps or cfg.epochs * per_epoch
     captures = capture_steps(total, cfg.n_captures)
     evaluations = {*range(0, total, cfg.eval_every or total), *captures}
     model = make_model(cfg, data).to(device)
+    if cfg.start and not (out / "ckpt.pt").exists():
+        begin_with(cfg.start, model, data)
     optimizers = make_optimizers(model, cfg)
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     if not resume:
