@@ -342,8 +342,8 @@ class DataConfig:
     n_train: int = knob(20, "training instructions a regex")
     n_val: int = knob(10, "instructions a regex in subset, in val and in ood")
     n_asked: int = knob(8, "inputs an instruction is taught with; of its task's others, as many are `pairs`")
-    asks_for: str = knob("output", "what an instruction asks for: the output of an input; or, without one, "
-                         "its own task or distribution; or nothing",
+    asks_for: str = knob("output", "what is to be answered: the output of an input; in its place, which task "
+                         "or distribution the instruction is of; or nothing, then there is no input",
                          choices=("output", "task", "distribution", "nothing"))
     n_probed: int = knob(64, "tasks that subset, val and ood are about; any more are only trained on")
     max_len: int = knob(128, "longest instruction, in characters")
@@ -587,12 +587,10 @@ def make_dataset(cfg: DataConfig) -> Dataset:
                 raise ValueError(f"{places[number]}: {e}; widen it, lower n_train or n_val, or raise max_len"
                                  ) from None
             told = {s: rng.randrange(len(tasks)) if cfg.shuffle_tasks else t for s in strings}
-            if cfg.asks_for == "output":
-                turns = {u: take_turns([*tasks[u].map.items()], cfg.n_asked, rng) for u in {*told.values()}}
-                asked = {s: next(turns[told[s]]) for s in strings}
-            else:
-                numbers = {"task": told, "distribution": dict.fromkeys(strings, number)}.get(cfg.asks_for)
-                asked = {s: ([("", f"{cfg.asks_for}{numbers[s]}" if numbers else "")], []) for s in strings}
+            alone = [("", "")] if cfg.asks_for == "nothing" else []
+            turns = {u: take_turns(alone or [*tasks[u].map.items()], cfg.n_asked, rng)
+                     for u in {*told.values()}}
+            asked = {s: next(turns[told[s]]) for s in strings}
             unseen, train = strings[:cfg.n_val], strings[cfg.n_val:]
             subset = train[:cfg.n_val]
             for name, some, part in [("train", train, 0), ("subset", subset, 0), ("pairs", subset, 1),
@@ -602,6 +600,9 @@ def make_dataset(cfg: DataConfig) -> Dataset:
                         Instance(s, *io, told[s], number) for s in some for io in asked[s][part]]
 
     instances = {name: some for name, some in instances.items() if some}    # there may be no `pairs`
+    if cfg.asks_for in ("task", "distribution"):
+        instances = {name: [x._replace(output=f"{cfg.asks_for}{getattr(x, cfg.asks_for)}") for x in some]
+                     for name, some in instances.items()}
     first_said = {}
     for s, number in {x.instruction: x.distribution for some in instances.values() for x in some}.items():
         twin = first_said.setdefault(tuple(said(s, cut_into)), s)
@@ -617,7 +618,7 @@ def said(instruction: str, cut_into: str) -> list[str]:
 
 
 def encode(instances: dict[str, list[Instance]], cut_into: str) -> tuple[list[str], dict[str, Split]]:
-    """The vocabulary of all these instances, and each list of them as a split."""
+    """The vocabulary of lists of instances, and each list as a split; they go instruction by instruction."""
     everything = dict.fromkeys(x for some in instances.values() for x in some)
     texts = {x: [*said(x.instruction, cut_into), SEP, *WORD.findall(x.input),
                  ANS, *WORD.findall(x.output), EOS] for x in everything}

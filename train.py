@@ -41,13 +41,12 @@ CAPTURED = "subset", "val", "ood"       # the splits whose states are kept; of `
 class Config(DataConfig):
     """Every knob of a run: the data's, and these."""
     out: str = knob("runs/default", "run folder")
-    start: str = knob("", "a run whose weights to begin with, those of tokens and places that both runs have")
     start: str = knob("", "a run whose weights to begin with; of tokens and places, those that both have")
     n_layer: int = knob(4, "blocks", most=1000)
     n_head: int = knob(4, "attention heads a block")
     n_embd: int = knob(64, "width", most=2 ** 14)
     epochs: int = knob(20, "passes over the training instances")
-    steps: int = knob(0, "how many there are; 0: as epochs says", least=0)
+    steps: int = knob(0, "training steps; 0: as many as epochs says", least=0)
     batch_size: int = knob(256, "instances a step")
     loss_on: str = knob("all", "all: every next token, a causal language model; answer: the output alone",
                         choices=("all", "answer"))
@@ -264,14 +263,15 @@ def begin_with(run: str | Path, model: GPT, data: Dataset):
     other = [key for key in ("n_layer", "n_head", "n_embd") if getattr(cfg, key) != getattr(model.cfg, key)]
     if other:
         raise ValueError(f"start: {run} has another {', '.join(other)}: give the same")
-    new, old = model.state_dict(), read_model(run, of_run, model.token.weight.device).state_dict()
+    old = read_model(run, of_run, model.token.weight.device).state_dict()
     id_of = {token: i for i, token in enumerate(of_run.vocabulary)}
     both = [(i, id_of[token]) for i, token in enumerate(data.vocabulary) if token in id_of]
-    places = range(min(model.cfg.block_size, len(old["position.weight"])))
-    rows = {"token.weight": zip(*both), "position.weight": (places, places)}
-    for key, weight in new.items():         # which are the model's own, not copies
-        mine, theirs = map(list, rows[key]) if key in rows else (..., ...)
-        weight[mine] = old[key][theirs]
+    mine, theirs = map(list, zip(*both))
+    n = min(model.cfg.block_size, len(old["position.weight"]))
+    tokens, places = old.pop("token.weight"), old.pop("position.weight")
+    model.load_state_dict(old, strict=False)
+    with torch.no_grad():
+        model.token.weight[mine], model.position.weight[:n] = tokens[theirs], places[:n]
 
 
 def prepare(cfg: Config, resume: bool, data: Dataset | None) -> tuple[Dataset, torch.device]:
