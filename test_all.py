@@ -350,15 +350,18 @@ def test_words_are_cut_as_a_reader_would(tmp_path):
 
 
 @pytest.mark.parametrize("asks_for", ["task", "distribution", "nothing"])
-def test_an_instruction_that_asks_for_its_identity_has_one_word_for_it_and_no_input(asks_for, dataset):
+def test_identities_stand_in_place_of_outputs_and_where_nothing_is_asked_is_no_input(asks_for, dataset):
     d = make_dataset(DataConfig(asks_for=asks_for))
     for name, split in d.splits.items():
-        strings = dict.fromkeys(x.instruction for x in dataset.splits[name].instances)
-        assert [x.instruction for x in split.instances] == list(strings)    # each once, in the same splits
+        asked = [(x.instruction, x.input) for x in dataset.splits[name].instances]      # in the same splits
+        if asks_for == "nothing":
+            asked = [(instruction, "") for instruction in dict.fromkeys(s for s, _ in asked)]
+        assert [(x.instruction, x.input) for x in split.instances] == asked
         for row, x in zip(split.tokens, split.instances):
-            word = {"task": f" task{x.task}", "distribution": f" distribution{x.distribution}", "nothing": ""}
+            word = {"task": f"task{x.task}", "distribution": f"distribution{x.distribution}", "nothing": ""}
             text = " ".join(d.vocabulary[token] for token in row if token)
-            assert text == " ".join(x.instruction) + f" <sep> <ans>{word[asks_for]} <eos>"
+            said = *x.instruction, "<sep>", x.input, "<ans>", word[asks_for], "<eos>"
+            assert text == " ".join(filter(None, said))
 
 
 # ---------------------------------------------------------------- facts
@@ -757,18 +760,20 @@ def test_a_run_that_starts_from_another_begins_where_that_ended(run, tmp_path):
 
 
 def test_weights_of_tokens_and_places_go_by_name_and_others_are_fresh(run, tmp_path):
-    old, old_data = load_model(run)[1], train.read_data(run)
-    cfg = train.Config(**TINY, asks_for="task", start=str(run), out=str(tmp_path / "next"))
-    d, new = make_dataset(cfg), train.make_model(cfg, make_dataset(cfg))
-    fresh = train.make_model(cfg, d)
+    old, old_data = load_model(run)[1].state_dict(), train.read_data(run)
+    cfg = train.Config(**TINY, asks_for="nothing", start=str(run), out=str(tmp_path / "next"))
+    d = make_dataset(cfg)
+    d = d._replace(vocabulary=[*d.vocabulary, "new"])           # fewer places, other numbers, a token more
+    fresh, new = train.make_model(cfg, d).state_dict(), train.make_model(cfg, d)
     train.begin_with(run, new, d)
-    seen = {token: old_data.vocabulary.index(token) for token in d.vocabulary if token in old_data.vocabulary}
-    assert 4 < len(seen) < len(d.vocabulary)
-    for i, token in enumerate(d.vocabulary):
-        source = old.token.weight[seen[token]] if token in seen else fresh.token.weight[i]
-        assert torch.equal(new.token.weight[i], source)
-    assert torch.equal(new.position.weight, old.position.weight[:len(new.position.weight)])
-    assert equal(new.blocks.state_dict(), old.blocks.state_dict())
+    seen = {token: old_data.vocabulary.index(token) for token in d.vocabulary if token != "new"}
+    assert list(seen.values()) != list(range(len(seen)))
+    for key, weight in new.state_dict().items():
+        if key == "token.weight":
+            expected = [old[key][seen[x]] if x in seen else fresh[key][i] for i, x in enumerate(d.vocabulary)]
+            assert torch.equal(weight, torch.stack(expected))
+        else:
+            assert torch.equal(weight, old[key][:len(weight)])
     with pytest.raises(ValueError, match="has another n_layer, n_embd"):
         train.train(dataclasses.replace(cfg, n_layer=3, n_embd=32))
     assert not Path(cfg.out).exists()
@@ -1225,7 +1230,7 @@ def test_probe_rows_are_complete_and_layer_0_is_its_null(run):
 @pytest.fixture(scope="module")
 def skilled(tmp_path_factory):
     """A run that has learnt its tasks."""
-    cfg = train.Config(**{**TINY, "epochs": 150, "n_embd": 32, "lr": 6e-3},
+    cfg = train.Config(**{**TINY, "epochs": 50, "n_embd": 32, "lr": 0.012, "muon_lr": 0.08},
                        out=str(tmp_path_factory.mktemp("runs") / "skilled"))
     return train.train(cfg)
 
@@ -1311,47 +1316,75 @@ def demo(request, tmp_path_factory):
     return request.param, out, lines(out / "apply.jsonl"), said.getvalue()
 
 
-def test_slow_a_demo_has_a_row_for_every_arm_and_goes_on_without_training_again(demo, monkeypatch):
+def test_slow_a_demo_has_a_row_for_every_arm_and_goes_on_without_training_again(demo):
     name, out, rows, said = demo
+    assert said.startswith("seed 3: ") and said.endswith(f"{len(rows):,} rows in {out / 'apply.jsonl'}\n")
+    measured = {"seed", "measure", "value"}
     if name == "pretrain":
-        assert {(row["strategy"], row["n_train"]) for row in rows} == {
-            (strategy, n) for strategy in apply.STRATEGIES for n in apply.TAUGHT}
-        assert {row["step"] for row in rows} == {0, 1, 20, 40}
+        assert all(row.keys() - {"step"} == measured | {"strategy", "n_train"} for row in rows)
+        assert Counter((row["strategy"], row["n_train"], row["measure"]) for row in rows) == {
+            (strategy, n, measure): times for strategy in apply.STRATEGIES for n in apply.TAUGHT
+            for measure, times in {"acc_val": 4, "acc_ood": 4, "step to 0.5": 1, "step to 0.9": 1,
+                                   "val at the end": 1, "ood at the end": 1}.items()}
         probed = lines(out / "seed3" / "task_id" / "probe.jsonl")
         assert {row["measure"] for row in probed} == {*probe.MEASURES, *UNCLUSTERED}
     else:
-        shares = [row for row in rows if "layer" not in row]
-        assert {row["b"] for row in shares} == {1, 4} and all(0 <= row["value"] <= 1 for row in shares)
-        assert {row["arm"] for row in shares} == {
-            "labels", "clusters", "guard", "guard_untrained", "guard_counts", "guard_4_clusters",
-            "guard_16_clusters"}
-        assert {(row["arm"], row["b"]) for row in rows if "layer" in row} == {
-            ("base", 0), ("labels", 4), ("clusters", 4)}
-    assert said.startswith("seed 3") and said.endswith(f"{len(rows):,} rows in {out / 'apply.jsonl'}\n")
+        shares = [row for row in rows if row["measure"] in apply.MEASURED]
+        assert all(row.keys() == measured | {"arm", "b"} and 0 <= row["value"] <= 1 for row in shares)
+        arms = {"labels", "clusters", "guard", "guard_untrained", "guard_counts", "guard_4_clusters",
+                "guard_16_clusters"}
+        assert {(row["arm"], row["b"], row["measure"]) for row in shares} == {
+            (*key, measure) for measure in apply.MEASURED
+            for key in [("base", 0), *itertools.product(arms, (1, 4))]}
+        told = {row["measure"]: row["value"] for row in shares if (row["arm"], row["b"]) == ("clusters", 4)}
+        assert told["refused_labelled"] > 0.3 + told["refused_wanted"]
+        ratios = [row for row in rows if row["measure"] == "merge_ratio" and row["value"] is not None]
+        assert {(row["arm"], row["b"]) for row in ratios} == {("base", 0), ("labels", 4), ("clusters", 4)}
+        assert all(row["null_95"] <= row["null_mean"] for row in ratios)                # less is more
     before = {path: path.stat().st_mtime_ns for path in out.rglob("ckpt.pt")}
-    assert getattr(apply, name)(out, [3], True) == rows
+    assert getattr(apply, name)(out, [3], apply.QUICK) == rows
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("ckpt.pt")}
 
 
 def test_slow_arms_differ_in_what_they_are_about_only(demo):
-    name, out, rows, _ = demo
-    own = {"pretrain": {"out", "start", "asks_for", "shuffle_tasks"}, "align": {"out"}}[name]
-    arms = [vars(train.read_config(path.parent)) for path in (out / "seed3").glob("*/config.json")]
-    stages = ([a for a in arms if a["asks_for"] == "output" and a["n_train"] == n and not a["shuffle_tasks"]
-               and Path(a["out"]).name != "base"] for n in apply.TAUGHT)
-    for some in *stages, [a for a in arms if a["asks_for"] != "output"]:
-        assert len({json.dumps({k: v for k, v in a.items() if k not in own}) for a in some}) <= 1
-        assert name == "align" or len(some) == len(apply.STRATEGIES) - (some[0]["asks_for"] != "output")
-    if name == "pretrain":      # each pre-training read the strings of train, and no others
-        few, *rest = ({x.instruction for x in train.read_data(out / "seed3" / run).splits["train"].instances}
-                      for run in ["scratch-4", "scratch-20", *list(apply.STRATEGIES)[1:]])
-        assert all(few < strings == rest[0] for strings in rest)
+    name, out, _, _ = demo
+    runs = {path.parent.name: vars(train.read_config(path.parent)) for path in out.rglob("config.json")}
+
+    def alike(names, *but):
+        own = ({k: v for k, v in runs[name].items() if k not in ("out", *but)} for name in names)
+        return len(set(map(json.dumps, own))) == 1
+
+    if name == "align":
+        taught = sorted(runs.keys() - {"base"})
+        assert len(taught) == 4 and alike(taught) and runs["labels-1"]["start"] == str(out / "seed3" / "base")
+        return
+    first, *ids = apply.STRATEGIES
+    assert alike(ids, "asks_for", "shuffle_tasks") and runs["shuffled_id"]["shuffle_tasks"]
+    for n in apply.TAUGHT:
+        assert alike([f"{strategy}-{n}" for strategy in apply.STRATEGIES], "start")
+        assert runs[f"{first}-{n}"]["start"] == ""
+        for strategy in ids:                                    # it begins where the other ended
+            assert runs[f"{strategy}-{n}"]["start"] == str(out / "seed3" / strategy)
+    few, *rest = ({x.instruction for x in train.read_data(out / "seed3" / run).splits["train"].instances}
+                  for run in ["scratch-4", "scratch-20", *ids])
+    assert all(few < strings == rest[0] for strings in rest)    # and read no other strings
 
 
 def test_step_to_is_read_off_the_line_between_evaluations():
-    curve = [{"step": s, "acc_val": a} for s, a in [(0, 0.0), (10, 0.2), (20, 0.6), (30, 0.4), (40, 0.9)]]
-    assert [apply.step_to(level, curve) for level in (0.1, 0.2, 0.5, 0.6)] == pytest.approx([5, 10, 17.5, 20])
+    points = (0, 0.0), (1, 0.0), (10, 0.2), (20, 0.6), (30, 0.4), (40, 0.9)
+    curve = [{"step": step, "acc_val": accuracy} for step, accuracy in points]
+    steps = [apply.step_to(level, curve) for level in (0.1, 0.2, 0.5, 0.6)]
+    assert steps == pytest.approx([5.5, 10, 17.5, 20])
     assert apply.step_to(0.9, curve) == 40 and apply.step_to(0.95, curve) is None
+
+
+def test_a_table_has_the_mean_over_seeds_in_each_cell(capsys):
+    rows = [{"seed": seed, "arm": arm, "b": b, "measure": measure, "value": seed + 0.1 * b}
+            for seed in (0, 1) for arm in "xy" for b in (1, 2) for measure in ("m", "other")]
+    apply.table("A title", rows[:-2], "arm", "b", measure="m")          # seed 1 has no y at 2
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        [], ["A", "title"], ["arm", "/", "b", "1", "2"], ["x", "0.60", "±", "0.71", "0.70", "±", "0.71"],
+        ["y", "0.60", "±", "0.71", "0.20"]]
 
 
 def test_spread_over_seeds_worked_by_hand():
@@ -1381,11 +1414,11 @@ def planted(case, by):
 
 def test_labels_come_from_one_regex_of_each_unwanted_task_and_rehearsal_from_wanted_ones(case):
     labels = case.data.splits["train"].labels("instruction")
-    assert case.unwanted.sum() == len(case.unwanted) // 4 == len(case.known)
-    for t, known in zip(np.flatnonzero(case.unwanted), case.known):
-        regex = labels["distribution"][known[0]]
-        assert sorted(known) == [i for i in range(len(labels["task"])) if labels["distribution"][i] == regex]
-        assert labels["task"][known[0]] == t
+    assert case.unwanted.sum() == len(case.unwanted) // 4 == len(case.pools)
+    for t, pool in zip(np.flatnonzero(case.unwanted), case.pools):
+        regex = labels["distribution"][pool[0]]
+        assert sorted(pool) == [i for i in range(len(labels["task"])) if labels["distribution"][i] == regex]
+        assert labels["task"][pool[0]] == t
     counts = Counter(labels["distribution"][case.rehearsed].tolist())
     assert set(counts.values()) == {apply.REHEARSED}
     assert {*counts} == {*labels["distribution"][~case.unwanted[labels["task"]]].tolist()}
@@ -1397,25 +1430,40 @@ def test_a_guard_refuses_other_regexes_only_where_a_task_is_one_cluster(case, by
     clusters = apply.find_clusters(planted(case, by), k, seed=0)
     assert clusters.layer == 1
     for b in 1, 4:
-        labelled = [i for known in case.known for i in apply.medoids(clusters, known, b)]
+        labelled = [i for pool in case.pools for i in apply.medoids(clusters, pool, b)]
         bad = apply.unwanted_clusters(clusters, case, labelled)
         refused = {name: bad[clusters.nearest[name]][case.data.splits[name].state_of("instruction")]
                    for name in ("val", "ood")}
-        shares = apply.outcome(case, np.ones(len(refused["val"]), bool), refused)
-        assert shares["labelled"] == 1 and shares["other"] == other
-        assert shares["wanted"] == 0 and shares["accuracy"] == 1
+        rows = apply.outcome(case, np.ones(len(refused["val"]), bool), refused, b=b)
+        told = {row["measure"]: row["value"] for row in rows}
+        assert told["refused_labelled"] == 1 and told["refused_other"] == other
+        assert told["refused_wanted"] == 0 and told["accuracy"] == 1
 
 
-def test_medoids_are_the_most_central_of_each_cluster_large_ones_first():
-    clusters = apply.Clusters(0, np.array([0, 0, 0, 1, 1, 2]), [3.0, 1.0, 2.0, 0.5, 0.4, 0.1], {})
-    assert apply.medoids(clusters, [0, 1, 2, 3, 4, 5], 9) == [1, 4, 5, 2, 3, 0]
-    assert apply.medoids(clusters, [0, 2, 5], 2) == [2, 5] and apply.medoids(clusters, [3, 4, 0], 1) == [4]
+def test_clusters_are_found_without_val_and_ood_and_empty_ones_are_nobodys(case):
+    features = planted(case, "task")
+    found = apply.find_clusters(features, 8, seed=0)
+    noise = {name: torch.randn(features[name].shape) for name in ("val", "ood")}
+    again = apply.find_clusters({**features, **noise}, 8, seed=0)
+    assert (found.layer, found.distance) == (again.layer, again.distance)
+    assert np.array_equal(found.nearest["train"], again.nearest["train"])
+    exact = {name: x.round() for name, x in features.items()}           # a few distinct points
+    few = len(exact["train"][1].unique(dim=0))
+    crowded = apply.find_clusters({name: x[1:] for name, x in exact.items()}, few + 30, seed=0)
+    assert len({*crowded.nearest["train"]}) == few and max(crowded.distance) < 1e-5
+    assert {*crowded.nearest["val"]} <= {*crowded.nearest["train"]}
+
+
+def test_medoids_are_the_most_central_of_each_cluster_in_turn():
+    clusters = apply.Clusters(0, {"train": np.array([0, 0, 0, 1, 1, 2])}, [3.0, 1.0, 2.0, 0.5, 0.4, 0.1])
+    assert apply.medoids(clusters, [0, 1, 2, 3, 4, 5], 9) == [5, 4, 1, 3, 2, 0]
+    assert apply.medoids(clusters, [0, 2, 5], 2) == [5, 2] and apply.medoids(clusters, [3, 4, 0], 1) == [4]
 
 
 def test_a_cluster_is_unwanted_if_it_holds_more_labelled_than_rehearsed_tasks(case):
     rehearsed = np.array([0, 0, 1, 1, 1, 1, 1, 1], bool)        # three wanted tasks, two instructions each
     small = case._replace(unwanted=np.array([True, False, False, False]), rehearsed=rehearsed)
-    clusters = apply.Clusters(0, np.array([0, 1, 0, 1, 1, 2, 2, 2]), [], {})
+    clusters = apply.Clusters(0, {"train": np.array([0, 1, 0, 1, 1, 2, 2, 2])}, [])
     # of the one unwanted task, half is in cluster 0 and half in 1; of the wanted ones half a task is in 0
     assert apply.unwanted_clusters(clusters, small, [0, 1]).tolist() == [False, False, False]
     assert apply.unwanted_clusters(clusters, small, [0]).tolist() == [True, False, False]
@@ -1426,23 +1474,23 @@ def test_outcome_equals_counting_instance_by_instance(case):
     refused = {name: np.array([rng.random() < 0.4 for _ in splits[name].instances])
                for name in ("val", "ood")}
     right = np.array([rng.random() < 0.7 for _ in splits["val"].instances])
-    told = apply.outcome(case, right, refused)
+    told = {row["measure"]: row["value"] for row in apply.outcome(case, right, refused)}
     first, rows = splits["train"].instances, splits["train"].positions["instruction"][0]
-    regexes = {first[rows[known[0]]].distribution for known in case.known}
+    regexes = {first[rows[pool[0]]].distribution for pool in case.pools}
     kinds = {key: [] for key in told}
     for x, no, yes in zip(splits["val"].instances, refused["val"], right):
         if case.unwanted[x.task]:
-            kinds["labelled" if x.distribution in regexes else "other"].append(no)
+            kinds["refused_labelled" if x.distribution in regexes else "refused_other"].append(no)
         else:
-            kinds["wanted"].append(no)
+            kinds["refused_wanted"].append(no)
             kinds["accuracy"].append(yes and not no)
     for x, no in zip(splits["ood"].instances, refused["ood"]):
-        kinds["ood" if case.unwanted[x.task] else "wanted_ood"].append(no)
+        kinds["refused_ood" if case.unwanted[x.task] else "refused_wanted_ood"].append(no)
     assert told == pytest.approx({key: np.mean(some) for key, some in kinds.items()})
 
 
 def test_an_aligned_network_is_taught_what_was_chosen_and_nothing_else(case):
-    chosen = [known[0] for known in case.known]
+    chosen = [pool[0] for pool in case.pools]
     d, rows = apply.refusing(case, chosen), case.data.splits["train"].positions["instruction"][0]
     strings = [case.data.splits["train"].instances[row].instruction for row in rows]
     taught, told = Counter(), {x: None for x in case.data.splits["train"].instances}
@@ -1466,13 +1514,13 @@ def test_joined_is_the_distance_between_unwanted_tasks_over_that_between_others(
     for together in False, True:
         if together:
             places[torch.from_numpy(case.unwanted)] = torch.zeros(8)
-        rows = apply.joined(case, {"instruction": places[task][None].half().numpy()}, seed=7)
+        rows = apply.joined(case, {"instruction": places[task][None].half().numpy()}, 9, seed=7)
         told = {row["measure"]: row["value"] for row in rows}
         inside, others = [], []
         for (i, a), (j, b) in itertools.combinations(enumerate(places), 2):
             (inside if case.unwanted[i] and case.unwanted[j] else others).append((a - b).norm())
-        assert told["joined_merge_ratio"] == pytest.approx(np.mean(inside) / np.mean(others), abs=1e-5)
-        assert (told["joined_f1"] == 1) == together and all(row["seed"] == 7 for row in rows)
+        assert told["merge_ratio"] == pytest.approx(np.mean(inside) / np.mean(others), abs=1e-5)
+        assert (told["f1"] == 1) == together and all((row["seed"], row["step"]) == (7, 9) for row in rows)
 
 
 # ---------------------------------------------------------------- bad input
