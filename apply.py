@@ -29,7 +29,8 @@ from probe import kmeans, probe, progress, rows_of, scores, surface
 from train import (CAPTURED, Config, make_model, observe, pick_device, read_data, read_model, read_rows,
                    train, write_rows)
 
-QUICK = dict(n_tasks=8, n_distributions=2, n_layer=2, n_head=2, n_embd=32, n_val=4, batch_size=64, steps=40)
+QUICK = dict(n_tasks=8, n_distributions=2, n_layer=2, n_head=2, n_embd=32, n_val=4, batch_size=64, steps=40,
+             lr=0.006, muon_lr=0.04)
 
 
 def arm(cfg: Config, data: Dataset | None = None) -> Path:
