@@ -136,7 +136,7 @@ def print_pretrain(out: Path, rows: list[dict]):
 
 BUDGETS = 1, 2, 4, 8, 16        # b, labelled instructions of each unwanted task
 BASE = dict(n_val=6, n_captures=1)
-ALIGN = dict(n_val=6, batch_size=64, steps=200, n_captures=1, lr=7.5e-4, muon_lr=0.005)   # tuned, as above
+ALIGN = dict(n_val=6, batch_size=64, steps=200, n_captures=1, lr=7.5e-4, muon_lr=0.005)   # tuned, as those
 REHEARSED = 5                   # instructions of each regex of a wanted task that are known to be wanted
 SHARE = 0.5                     # of refusals among what is taught
 MEASURED = {        # what `outcome` measures; shares of instances
@@ -210,8 +210,8 @@ def unwanted_clusters(clusters: Clusters, case: Case, labelled: list[int]) -> np
 
     An instruction counts for the share it is of what is known of its task, so that each task counts for 1.
     """
-    of = clusters.nearest["train"]
-    bad, good = (np.bincount(of[some], minlength=of.max() + 1) for some in (labelled, case.rehearsed))
+    of, k = clusters.nearest["train"], 1 + max(near.max() for near in clusters.nearest.values())
+    bad, good = (np.bincount(of[some], minlength=k) for some in (labelled, case.rehearsed))
     return bad * case.unwanted.sum() / len(labelled) > good * (~case.unwanted).sum() / case.rehearsed.sum()
 
 
@@ -270,10 +270,10 @@ def align(out: Path, seeds: list[int], small: dict) -> list[dict]:
     Returns the rows of `outcome` and `joined`: seed, arm, b, measure, value, and of the latter those of
     probe.jsonl. Arm `base` is the network as it was.
     """
-    rows, budgets = [], (1, 4) if small else BUDGETS
+    rows, budgets, taught = [], (1, 4) if small else BUDGETS, {**ALIGN, **small}
     for seed in seeds:
-        begun, small_base = time.perf_counter(), dict(small, steps=200) if small else {}
-        cfg = Config(**{**BASE, **small_base}, seed=seed, out=str(out / f"seed{seed}" / "base"))
+        begun, steps = time.perf_counter(), 5 * small.get("steps", 0)       # 0: as many as a run's epochs
+        cfg = Config(**{**BASE, **small, "steps": steps}, seed=seed, out=str(out / f"seed{seed}" / "base"))
         case, device, k = make_case(cfg), pick_device(cfg), cfg.n_tasks
         splits = {name: case.data.splits[name] for name in ("train", "val", "ood")}
         base, untrained = read_model(case.run, case.data, device), make_model(cfg, case.data).to(device)
@@ -300,14 +300,14 @@ def align(out: Path, seeds: list[int], small: dict) -> list[dict]:
                     refuse["clusters"] = [*labelled, *members.tolist()]
             for name, strings in refuse.items():
                 data = refusing(case, strings)
-                run = arm(Config(**{**ALIGN, **small}, seed=seed, start=str(case.run),
+                run = arm(Config(**taught, seed=seed, start=str(case.run),
                                  out=str(case.run.with_name(f"{name}-{b}"))), data)
                 model = read_model(run, data, device)
                 right_now, states = observe(model, data.splits["val"])
                 refused = {split: observe(model, data.splits[f"{split}_refused"])[0] for split in nothing}
                 rows += outcome(case, right_now, refused, seed=seed, arm=name, b=b)
                 if b == budgets[-1]:
-                    rows += joined(case, states, ALIGN["steps"], seed=seed, arm=name, b=b)
+                    rows += joined(case, states, taught["steps"], seed=seed, arm=name, b=b)
         done(seed, f"alignment (the guard: layer {found['guard'].layer})", begun)
     return rows
 
