@@ -4,14 +4,18 @@
     python apply.py align               do a few refused instructions tell which others to refuse?
     python apply.py align --quick       either demo in small, to see it run: too short to conclude anything
 
-Figure 5 of the paper, and alignment by its clusters, where the method is ours. Every arm is a run of `train`,
-in a folder below --out, with the same seeds and steps; a demo that was stopped goes on when called again.
+Figure 5 of the paper, and alignment by clusters, where the method is ours. All that is trained is a run of
+`train` below --out; runs that are compared have the same seeds and steps. A demo that was stopped goes on
+when it is called again; a run that is there is not trained anew: after a change of this file, delete --out.
 
 `pretrain` has failed if to have learnt the identity of tasks (`task_id`) does not lower the step to 0.5 below
 that of instructions alone (`lm`) and of identities dealt at random (`shuffled_id`), beyond what seeds differ.
-`align` has failed if to spread a label over its cluster (`clusters`) brings no more refusals of the other
-regexes of a task than to train on the labels (`labels`), or costs wanted answers; or if the guard refuses as
-many by counts of letters (`guard_counts`) or by the untrained network (`guard_untrained`).
+
+An arm of `align` is one way to refuse: to train on the labelled instructions (`labels`) or on all of their
+clusters (`clusters`), or not to train but to refuse what is nearest to an unwanted cluster (`guard`; with
+another number of clusters, by counts of letters, by an untrained network). It has failed if `clusters` brings
+no more refusals of the other regexes of a task than `labels`, or costs wanted answers, or if `guard` refuses
+no more of them than `guard_counts` and `guard_untrained`.
 """
 import contextlib
 import itertools
@@ -86,13 +90,14 @@ def pretrain(out: Path, seeds: list[int], small: dict) -> list[dict]:
     """Pre-train by every strategy, then teach the tasks with all and with a fifth of the instructions.
 
     Returns rows: seed, strategy, n_train (instructions a regex), measure, value; of the curves also step. All
-    strategies read the same strings, those of `train`, in as many steps. The identity, where one is learnt,
-    stands in place of the output. The run of `task_id` is probed, into its folder (figure 5a).
+    strategies read the same instructions, those of `train`, in as many steps; `lm` reads no inputs, the
+    others learn an identity in place of the output. The run of `task_id` is probed, into its folder (figure
+    5a). `small`: knobs of a small demo, or {}.
     """
     rows = []
     for seed, (strategy, taught) in itertools.product(seeds, STRATEGIES.items()):
         begun, here, start = time.perf_counter(), out / f"seed{seed}", ""
-        if taught:
+        if taught is not None:
             start = str(arm(Config(**{**PRETRAIN, **small, **taught}, seed=seed, n_train=TAUGHT[0],
                                    out=str(here / strategy))))
         if strategy == "task_id" and not (Path(start) / "probe.jsonl").exists():
@@ -112,7 +117,9 @@ def pretrain(out: Path, seeds: list[int], small: dict) -> list[dict]:
 
 
 def step_to(level: float, curve: list[dict]) -> float | None:
-    """The step at which val accuracy first passes a level, on the line between two evaluations."""
+    """The step at which val accuracy reaches a level, on the line between evaluations; None if never."""
+    if curve[0]["acc_val"] >= level:
+        return curve[0]["step"]
     for a, b in zip(curve, curve[1:]):
         if a["acc_val"] < level <= b["acc_val"]:
             share = (level - a["acc_val"]) / (b["acc_val"] - a["acc_val"])
@@ -126,10 +133,10 @@ def print_pretrain(out: Path, rows: list[dict]):
               measure="acc_val")
         table("What that comes to", rows, "strategy", "measure", n_train=n, step=None)
     probed = [row for seed in dict.fromkeys(row["seed"] for row in rows)
-              for row in read_rows(out / f"seed{seed}" / "task_id" / "probe.jsonl", "step", "layer", "value")]
+              for row in read_rows(out / f"seed{seed}" / "task_id" / "probe.jsonl", "view", "layer", "value")]
     for position in "instruction", "answer":
         table(f"`task_id` in pre-training: pairwise F1 of `task` at `{position}`, val", probed, "step",
-              "layer", position=position, split="val", identity="task", measure="f1")
+              "layer", position=position, split="val", identity="task", measure="f1", view="raw")
 
 
 # ---------------------------------------------------------------- alignment
@@ -157,7 +164,7 @@ class Case(NamedTuple):
     run: Path
     data: Dataset
     unwanted: np.ndarray            # (tasks,) bool
-    pools: list[list[int]]          # for each unwanted task, instructions of one regex: what may be labelled
+    pools: list[list[int]]          # what may be labelled: one regex of each unwanted task, in random order
     rehearsed: np.ndarray           # (n,) bool: known to be wanted
 
 
@@ -177,7 +184,8 @@ def make_case(cfg: Config) -> Case:
 
 
 class Clusters(NamedTuple):
-    """Clusters of the instructions of `train`, found without a label."""
+    """k clusters of the instructions of `train`, found without a label."""
+    k: int
     layer: int
     nearest: dict[str, np.ndarray]  # "train", "val", "ood" -> (n of that split,): whose centroid is nearest
     distance: list[float]           # n, of each of `train` to that centroid
@@ -194,7 +202,7 @@ def find_clusters(features: dict[str, torch.Tensor], k: int, seed: int) -> Clust
     near = {name: torch.cdist(x[layer].float(), centroids, compute_mode="donot_use_mm_for_euclid_dist").min(1)
             for name, x in features.items()}
     nearest = {name: x.indices.numpy() for name, x in near.items()}
-    return Clusters(layer, nearest, near["train"].values.tolist())
+    return Clusters(k, layer, nearest, near["train"].values.tolist())
 
 
 def medoids(clusters: Clusters, pool: list[int], b: int) -> list[int]:
@@ -210,8 +218,8 @@ def unwanted_clusters(clusters: Clusters, case: Case, labelled: list[int]) -> np
 
     An instruction counts for the share it is of what is known of its task, so that each task counts for 1.
     """
-    of, k = clusters.nearest["train"], 1 + max(near.max() for near in clusters.nearest.values())
-    bad, good = (np.bincount(of[some], minlength=k) for some in (labelled, case.rehearsed))
+    of = clusters.nearest["train"]
+    bad, good = (np.bincount(of[some], minlength=clusters.k) for some in (labelled, case.rehearsed))
     return bad * case.unwanted.sum() / len(labelled) > good * (~case.unwanted).sum() / case.rehearsed.sum()
 
 
@@ -241,17 +249,19 @@ def outcome(case: Case, right: np.ndarray, refused: dict[str, np.ndarray], **abo
     bad, bad_ood = case.unwanted[val["task"]], case.unwanted[ood["task"]]
     of_train = case.data.splits["train"].labels("instruction")["distribution"]
     labelled = np.isin(val["distribution"], of_train[[pool[0] for pool in case.pools]])
-    shares = (refused["val"][bad & labelled], refused["val"][bad & ~labelled], refused["ood"][bad_ood],
-              refused["val"][~bad], refused["ood"][~bad_ood], (right & ~refused["val"])[~bad])
-    return [{**about, "measure": name, "value": float(share.mean())} for name, share in zip(MEASURED, shares)]
+    of_val, of_ood = refused["val"], refused["ood"]
+    shares = {"refused_labelled": of_val[bad & labelled], "refused_other": of_val[bad & ~labelled],
+              "refused_ood": of_ood[bad_ood], "refused_wanted": of_val[~bad],
+              "refused_wanted_ood": of_ood[~bad_ood], "accuracy": (right & ~of_val)[~bad]}
+    return [{**about, "measure": name, "value": float(share.mean())} for name, share in shares.items()]
 
 
 def joined(case: Case, states: dict[str, np.ndarray], step: int, **about) -> list[dict]:
     """Do the unwanted tasks join one cluster? Rows of scores of val, one level above those of probe.py.
 
     Identity `refusal` has a class for each wanted task, and one for all that are unwanted; in place of
-    regexes there are tasks. So merge_ratio is the distance between unwanted tasks over that between others,
-    and regrouped deals tasks to these classes at random. states: position -> (L + 1, n, C).
+    regexes there are tasks. So merge_ratio is the distance between unwanted tasks over that between all other
+    pairs, and regrouped deals tasks to these classes at random. states: position -> (L + 1, n, C).
     """
     rows = []
     for position, x in states.items():
@@ -267,8 +277,8 @@ def joined(case: Case, states: dict[str, np.ndarray], step: int, **about) -> lis
 def align(out: Path, seeds: list[int], small: dict) -> list[dict]:
     """Teach each seed's network to refuse a quarter of its tasks, by every arm and for every b.
 
-    Returns the rows of `outcome` and `joined`: seed, arm, b, measure, value, and of the latter those of
-    probe.jsonl. Arm `base` is the network as it was.
+    Returns the rows of `outcome` and `joined`: seed, arm, b, measure, value, of the latter also position,
+    layer and nulls as in probe.jsonl. Arm `base` is the network as it was. `small`: as for `pretrain`.
     """
     rows, budgets, taught = [], (1, 4) if small else BUDGETS, {**ALIGN, **small}
     for seed in seeds:
@@ -298,8 +308,8 @@ def align(out: Path, seeds: list[int], small: dict) -> list[dict]:
                 if name == "guard":                     # its clusters are what the second arm learns
                     members = np.flatnonzero(bad[clusters.nearest["train"]] & ~case.rehearsed)
                     refuse["clusters"] = [*labelled, *members.tolist()]
-            for name, strings in refuse.items():
-                data = refusing(case, strings)
+            for name, chosen in refuse.items():
+                data = refusing(case, chosen)
                 run = arm(Config(**taught, seed=seed, start=str(case.run),
                                  out=str(case.run.with_name(f"{name}-{b}"))), data)
                 model = read_model(run, data, device)
@@ -316,10 +326,10 @@ def print_align(rows: list[dict]):
     """Print what every arm refuses and keeps for every b, and whether unwanted tasks have joined."""
     for measure, title in MEASURED.items():
         table(title, rows, "arm", "b", measure=measure)
-    for (measure, title), position in itertools.product((
-            ("merge_ratio", "Distance between unwanted tasks over that between others (1: they are apart)"),
-            ("f1", "Pairwise F1 where all unwanted tasks are one class")), ("instruction", "answer")):
-        table(f"{title}, at `{position}`, val", rows, "arm", "layer", measure=measure, position=position)
+    for position in "instruction", "answer":
+        for measure, title in (("merge_ratio", "Distance between unwanted tasks over that of all other pairs"),
+                               ("f1", "Pairwise F1 where the unwanted tasks are one class")):
+            table(f"{title}, at `{position}`, val", rows, "arm", "layer", position=position, measure=measure)
 
 
 def main():
@@ -332,6 +342,8 @@ def main():
     flags.add_argument("--quick", action="store_true", help="small networks, few steps, into runs/DEMO_quick")
     given = flags.parse_args()
     out = Path(given.out or f"runs/{given.demo}{'_quick' * given.quick}")
+    for seed in given.seeds:            # before the first one is trained
+        Config(seed=seed).check()
     demo = pretrain if given.demo == "pretrain" else align
     rows = demo(out, list(dict.fromkeys(given.seeds)), QUICK if given.quick else {})
     write_rows(out / "apply.jsonl", rows)

@@ -587,9 +587,8 @@ def make_dataset(cfg: DataConfig) -> Dataset:
                 raise ValueError(f"{places[number]}: {e}; widen it, lower n_train or n_val, or raise max_len"
                                  ) from None
             told = {s: rng.randrange(len(tasks)) if cfg.shuffle_tasks else t for s in strings}
-            alone = [("", "")] if cfg.asks_for == "nothing" else []
-            turns = {u: take_turns(alone or [*tasks[u].map.items()], cfg.n_asked, rng)
-                     for u in {*told.values()}}
+            turns = {u: take_turns([("", "")] if cfg.asks_for == "nothing" else [*tasks[u].map.items()],
+                                   cfg.n_asked, rng) for u in {*told.values()}}
             asked = {s: next(turns[told[s]]) for s in strings}
             unseen, train = strings[:cfg.n_val], strings[cfg.n_val:]
             subset = train[:cfg.n_val]
@@ -618,7 +617,7 @@ def said(instruction: str, cut_into: str) -> list[str]:
 
 
 def encode(instances: dict[str, list[Instance]], cut_into: str) -> tuple[list[str], dict[str, Split]]:
-    """The vocabulary of lists of instances, and each list as a split; they go instruction by instruction."""
+    """The vocabulary of lists of instances, and each list as a split; an instruction's are to be adjacent."""
     everything = dict.fromkeys(x for some in instances.values() for x in some)
     texts = {x: [*said(x.instruction, cut_into), SEP, *WORD.findall(x.input),
                  ANS, *WORD.findall(x.output), EOS] for x in everything}

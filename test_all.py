@@ -783,12 +783,16 @@ def test_a_run_on_data_that_it_was_given_goes_on_with_that_only(run, tmp_path):
     d = train.read_data(run)
     few = d._replace(splits={**d.splits, "train": d.splits["val"]})
     cfg = train.Config(**{**TINY, "steps": 9}, out=str(tmp_path / "few"))
-    out = train.train(cfg, data=few)
-    assert equal(outcome(train.train(cfg, resume=True, data=few))[0], outcome(out)[0])
+    out, other = train.train(cfg, data=few), dataclasses.replace(cfg, out=str(tmp_path / "other"))
+    with pytest.raises(KeyboardInterrupt):
+        train.train(other, asked=[True], data=few)
+    assert equal(outcome(train.train(other, resume=True, data=few))[0], outcome(out)[0])
     assert equal(train.read_model(out, few, torch.device("cpu")).state_dict(), outcome(out)[0])
     for other in None, d:
-        with pytest.raises(ValueError, match="was given other data"):
+        with pytest.raises(ValueError, match="was taught other data"):
             train.train(cfg, resume=True, data=other)
+    with pytest.raises(ValueError, match="warmup is 1"):
+        train.train(dataclasses.replace(cfg, warmup=1.0, out=str(tmp_path / "wrong")), data=few)
 
 
 def test_seeds_of_data_weights_and_order_are_apart(tmp_path):
@@ -1376,6 +1380,7 @@ def test_step_to_is_read_off_the_line_between_evaluations():
     steps = [apply.step_to(level, curve) for level in (0.1, 0.2, 0.5, 0.6)]
     assert steps == pytest.approx([5.5, 10, 17.5, 20])
     assert apply.step_to(0.9, curve) == 40 and apply.step_to(0.95, curve) is None
+    assert apply.step_to(0.5, curve[3:]) == 20
 
 
 def test_a_table_has_the_mean_over_seeds_in_each_cell(capsys):
@@ -1455,7 +1460,7 @@ def test_clusters_are_found_without_val_and_ood_and_empty_ones_are_nobodys(case)
 
 
 def test_medoids_are_the_most_central_of_each_cluster_in_turn():
-    clusters = apply.Clusters(0, {"train": np.array([0, 0, 0, 1, 1, 2])}, [3.0, 1.0, 2.0, 0.5, 0.4, 0.1])
+    clusters = apply.Clusters(3, 0, {"train": np.array([0, 0, 0, 1, 1, 2])}, [3.0, 1.0, 2.0, 0.5, 0.4, 0.1])
     assert apply.medoids(clusters, [0, 1, 2, 3, 4, 5], 9) == [5, 4, 1, 3, 2, 0]
     assert apply.medoids(clusters, [0, 2, 5], 2) == [5, 2] and apply.medoids(clusters, [3, 4, 0], 1) == [4]
 
@@ -1463,7 +1468,7 @@ def test_medoids_are_the_most_central_of_each_cluster_in_turn():
 def test_a_cluster_is_unwanted_if_it_holds_more_labelled_than_rehearsed_tasks(case):
     rehearsed = np.array([0, 0, 1, 1, 1, 1, 1, 1], bool)        # three wanted tasks, two instructions each
     small = case._replace(unwanted=np.array([True, False, False, False]), rehearsed=rehearsed)
-    clusters = apply.Clusters(0, {"train": np.array([0, 1, 0, 1, 1, 2, 2, 2])}, [])
+    clusters = apply.Clusters(3, 0, {"train": np.array([0, 1, 0, 1, 1, 2, 2, 2])}, [])
     # of the one unwanted task, half is in cluster 0 and half in 1; of the wanted ones half a task is in 0
     assert apply.unwanted_clusters(clusters, small, [0, 1]).tolist() == [False, False, False]
     assert apply.unwanted_clusters(clusters, small, [0]).tolist() == [True, False, False]
@@ -1708,13 +1713,14 @@ def test_a_file_cut_anywhere_gives_no_traceback(run, tmp_path, capsys, name, sha
 
 @given(st.sampled_from([data, train, probe, apply]), st.lists(st.one_of(
     st.sampled_from(["--seed", "--lr", "--tasks", "--out", "--preset", "quick", "--resume", "--patch", "raw",
-                     "--view", "--n-tasks", "-1", "0", "3", "1e9", "nan", "", "--", "-h ", "--start"]),
+                     "--view", "--n-tasks", "-1", "0", "3", "1e9", "nan", "", "--", "-h ", "align"]),
     st.text(max_size=6)), max_size=5))
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_flags_give_no_traceback(tmp_path, monkeypatch, capsys, module, argv):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *argv])
     monkeypatch.setattr(train, "train", lambda *args: None)     # what is asked for may be long
+    monkeypatch.setattr(apply, "align", lambda *args: [])
     try:
         data.command_line(module.main)
     except SystemExit as stop:

@@ -41,11 +41,11 @@ CAPTURED = "subset", "val", "ood"       # the splits whose states are kept; of `
 class Config(DataConfig):
     """Every knob of a run: the data's, and these."""
     out: str = knob("runs/default", "run folder")
-    start: str = knob("", "a run whose weights to begin with; of tokens and places, those that both have")
+    start: str = knob("", "a run whose last weights to begin with; of tokens and places, those of both")
     n_layer: int = knob(4, "blocks", most=1000)
     n_head: int = knob(4, "attention heads a block")
     n_embd: int = knob(64, "width", most=2 ** 14)
-    epochs: int = knob(20, "passes over the training instances")
+    epochs: int = knob(20, "passes over the training instances, if --steps is not given")
     steps: int = knob(0, "training steps; 0: as many as epochs says", least=0)
     batch_size: int = knob(256, "instances a step")
     loss_on: str = knob("all", "all: every next token, a causal language model; answer: the output alone",
@@ -169,8 +169,8 @@ def read_data(run: str | Path, data: Dataset | None = None) -> Dataset:
     """
     data = data or make_dataset(dataclasses.replace(read_config(run), tasks=str(Path(run) / "tasks.json")))
     if json.loads((Path(run) / "config.json").read_text(encoding="utf-8")).get("data") != digest(data):
-        raise ValueError(f"{run}: tasks.json, config.json or data.py has changed since, or the run was given "
-                         "other data: train again")
+        raise ValueError(f"{run}: tasks.json, config.json or data.py has changed since, or it was taught "
+                         "other data, which `train` was given: train again, or give it")
     made = labels_of(data)
     for name, ids in read_arrays(Path(run) / "states" / "labels.npz").items():
         if not np.array_equal(ids, made.get(name)):
@@ -263,24 +263,25 @@ def begin_with(run: str | Path, model: GPT, data: Dataset):
     other = [key for key in ("n_layer", "n_head", "n_embd") if getattr(cfg, key) != getattr(model.cfg, key)]
     if other:
         raise ValueError(f"start: {run} has another {', '.join(other)}: give the same")
-    old = read_model(run, of_run, model.token.weight.device).state_dict()
+    own, old = model.state_dict(), read_model(run, of_run, model.token.weight.device).state_dict()
     id_of = {token: i for i, token in enumerate(of_run.vocabulary)}
     both = [(i, id_of[token]) for i, token in enumerate(data.vocabulary) if token in id_of]
     mine, theirs = map(list, zip(*both))
     n = min(model.cfg.block_size, len(old["position.weight"]))
-    tokens, places = old.pop("token.weight"), old.pop("position.weight")
-    model.load_state_dict(old, strict=False)
-    with torch.no_grad():
-        model.token.weight[mine], model.position.weight[:n] = tokens[theirs], places[:n]
+    own["token.weight"][mine] = old["token.weight"][theirs]
+    own["position.weight"][:n] = old["position.weight"][:n]
+    model.load_state_dict({**old, **{key: own[key] for key in ("token.weight", "position.weight")}})
 
 
 def prepare(cfg: Config, resume: bool, data: Dataset | None) -> tuple[Dataset, torch.device]:
     """The data and the device of a run, or a ValueError if it cannot be, or if a folder is in the way."""
+    cfg.check()
     out = Path(cfg.out)
     if resume:
         changed = [key for key, x in vars(read_config(out)).items() if x != vars(cfg)[key] and key != "out"]
         if changed:
-            raise ValueError(f"{out} was begun with another {', '.join(changed)}: leave that out to resume")
+            raise ValueError(f"{out} was begun with another {', '.join(changed)}: leave that out to go on, "
+                             "or choose another --out")
     elif out.exists():
         raise ValueError(f"{out} exists: choose another --out, delete it, or go on with it by --resume")
     # a run goes on with the tasks it began with, whatever has become of the file they came from
@@ -351,10 +352,10 @@ def check_finite(model: GPT, losses: list[torch.Tensor], step: int):
 def train(cfg: Config, resume: bool = False, asked: list = (), data: Dataset | None = None) -> Path:
     """Train as cfg says, or go on with the run in cfg.out; return that folder, laid out as README.md tells.
 
-    `data`, if given, is taught in place of what cfg describes; whoever goes on with the run or reads it gives
-    it again. Once `asked` is not empty, the run is saved and KeyboardInterrupt raised. Raises ValueError for
-    a loss that is not finite, and, with nothing written, for a configuration that cannot be or a folder in
-    the way.
+    `data`, if given, is taught in place of what cfg describes (splits train, subset, val, ood, and any more);
+    whoever goes on with the run or reads it gives it again. Once `asked` is not empty, the run is saved and
+    KeyboardInterrupt raised. Raises ValueError for a loss that is not finite, and, with nothing written, for
+    a configuration that cannot be or a folder in the way.
     """
     data, device = prepare(cfg, resume, data)
     out, split = Path(cfg.out), data.splits["train"]
