@@ -327,7 +327,7 @@ def print_align(rows: list[dict]):
     for measure, title in MEASURED.items():
         table(title, rows, "arm", "b", measure=measure)
     for position in "instruction", "answer":
-        for measure, title in (("merge_ratio", "Distance between unwanted tasks over that of all other pairs"),
+        for measure, title in (("merge_ratio", "Distance of unwanted tasks over that of all other pairs"),
                                ("f1", "Pairwise F1 where the unwanted tasks are one class")):
             table(f"{title}, at `{position}`, val", rows, "arm", "layer", position=position, measure=measure)
 
