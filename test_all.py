@@ -1234,7 +1234,7 @@ def test_probe_rows_are_complete_and_layer_0_is_its_null(run):
 @pytest.fixture(scope="module")
 def skilled(tmp_path_factory):
     """A run that has learnt its tasks."""
-    cfg = train.Config(**{**TINY, "epochs": 50, "n_embd": 32, "lr": 0.012, "muon_lr": 0.08},
+    cfg = train.Config(**{**TINY, "epochs": 60, "n_embd": 32, "lr": 0.012, "muon_lr": 0.04},
                        out=str(tmp_path_factory.mktemp("runs") / "skilled"))
     return train.train(cfg)
 
