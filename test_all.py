@@ -45,10 +45,10 @@ TINY = dict(SMALL, n_layer=2, n_head=2, n_embd=16, epochs=6, batch_size=64, n_ca
 @pytest.fixture
 def second():
     """A second of a machine that adds 20 million numbers in it, one by one, in seconds of this machine."""
-    start, total = time.perf_counter(), 0
+    start, total = time.process_time(), 0
     for i in range(10 ** 6):
         total += i
-    return max(1, 20 * (time.perf_counter() - start))
+    return max(1, 20 * (time.process_time() - start))
 
 
 @pytest.fixture(scope="module")
@@ -149,10 +149,10 @@ def test_regex_counts_strings_and_not_derivations(pattern, count):
     "a{0,15000}", "(" * 6000 + "a" + ")*" * 6000, "[\u0100-\u0400]?" * 2000, "a{" + "9" * 5000 + "}",
     "(.*a.{12})|(.*b.{11})", ".{0,50}a.{50}|.{0,40}b.{40}", "(((a?){20}b?){20}c?){20}"])
 def test_regex_that_would_explode_is_refused_in_two_seconds(pattern, second):
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ValueError, match="too|more than"):
         Regex(pattern)
-    assert time.perf_counter() - start < 2 * second
+    assert time.process_time() - start < 2 * second
 
 
 @pytest.mark.parametrize("pattern, construct, position", [
@@ -208,11 +208,11 @@ def test_regex_sampling_is_uniform_beyond_64_bits():
 def test_regex_compiles_and_samples_fast(second):
     rng = random.Random(0)
     patterns = [data.random_pattern(rng) for _ in range(50)]
-    start = time.perf_counter()
+    start = time.process_time()
     regexes = [Regex(pattern) for pattern in patterns]
-    compiled = time.perf_counter()
+    compiled = time.process_time()
     n = sum(len(regex.sample(700, rng)) for regex in regexes)
-    sampled = time.perf_counter() - compiled
+    sampled = time.process_time() - compiled
     assert (compiled - start) / 50 < 0.005 * second and n / sampled > 100_000 / second
 
 
@@ -1015,9 +1015,9 @@ def test_ami_takes_off_the_mean_over_all_permutations(labels):
 
 def test_ami_takes_under_a_second_at_500_by_500_classes(second):
     rng = np.random.default_rng(0)
-    start = time.perf_counter()
+    start = time.process_time()
     assert abs(probe.ami(rng.integers(0, 500, 10000), rng.integers(0, 500, 10000))) < 0.01
-    assert time.perf_counter() - start < second
+    assert time.process_time() - start < second
 
 
 def test_scores_of_the_textbook_table():
@@ -1086,9 +1086,9 @@ def test_match_finds_a_planted_optimum(seed, n, high):
 def test_match_takes_under_a_second_at_500_classes(second):
     rng = np.random.default_rng(0)
     for table in rng.poisson(0.1, (1, 500, 500)), rng.integers(0, 1000, (1, 500, 500)):
-        start = time.perf_counter()
+        start = time.process_time()
         probe.match(table.astype(float))
-        assert time.perf_counter() - start < second
+        assert time.process_time() - start < second
 
 
 @pytest.mark.parametrize("measure", probe.MEASURES.values(), ids=probe.MEASURES)
