@@ -288,12 +288,13 @@ def align(out: Path, seeds: list[int], small: dict) -> list[dict]:
         splits = {name: case.data.splits[name] for name in ("train", "val", "ood")}
         base, untrained = read_model(case.run, case.data, device), make_model(cfg, case.data).to(device)
         features = {"guard_counts": {name: x[0] for name, x in surface(case.data, [*splits]).items()}}
-        for name, model in ("guard_untrained", untrained), ("guard", base):
-            features[name] = {split: torch.from_numpy(observe(model, x)[1]["instruction"])
-                              for split, x in splits.items()}
+        seen = {name: {split: observe(model, x) for split, x in splits.items()}
+                for name, model in {"guard_untrained": untrained, "guard": base}.items()}
+        for name, of_model in seen.items():
+            features[name] = {split: torch.from_numpy(x["instruction"]) for split, (_, x) in of_model.items()}
         found = {name: find_clusters(x, k, seed) for name, x in features.items()}
         found |= {f"guard_{n}_clusters": find_clusters(features["guard"], n, seed) for n in (k // 2, 2 * k)}
-        right, states = observe(base, splits["val"])
+        right, states = seen["guard"]["val"]
         nothing = {name: np.zeros(len(splits[name].tokens), bool) for name in ("val", "ood")}
         rows += outcome(case, right, nothing, seed=seed, arm="base", b=0)
         rows += joined(case, states, 0, seed=seed, arm="base", b=0)

@@ -553,6 +553,31 @@ class Dataset(NamedTuple):
     splits: dict[str, Split]                # train, subset, val, ood, and pairs if a task is large
 
 
+def said(instruction: str, cut_into: str) -> list[str]:
+    """The tokens of an instruction."""
+    return list(instruction) if cut_into == "characters" else WORD.findall(instruction.lower())
+
+
+def encode(instances: dict[str, list[Instance]], cut_into: str) -> tuple[list[str], dict[str, Split]]:
+    """The vocabulary of lists of instances, and each list as a split; an instruction's are to be adjacent."""
+    everything = dict.fromkeys(x for some in instances.values() for x in some)
+    texts = {x: [*said(x.instruction, cut_into), SEP, *WORD.findall(x.input),
+                 ANS, *WORD.findall(x.output), EOS] for x in everything}
+    vocabulary = [*SPECIALS, *sorted(set().union(*texts.values()) - set(SPECIALS))]
+    width, id_of = max(map(len, texts.values())), {token: i for i, token in enumerate(vocabulary)}
+    values = {name: sorted({identity(x) for x in everything}) for name, identity in IDENTITIES.items()}
+    splits = {}
+    for name, some in instances.items():
+        rows = np.array([[id_of[token] for token in texts[x]] + [0] * (width - len(texts[x])) for x in some])
+        sep, ans = ((rows == id_of[mark]).argmax(1) for mark in (SEP, ANS))
+        first = np.sort(np.unique([x.instruction for x in some], return_index=True)[1])
+        identities = {key: np.searchsorted(values[key], [identity(x) for x in some])
+                      for key, identity in IDENTITIES.items()}
+        splits[name] = Split(some, rows, (np.arange(width) > ans[:, None]) & (rows != 0), identities, {
+            "instruction": (first, sep[first]), "answer": (np.arange(len(some)), ans)})
+    return vocabulary, splits
+
+
 def take_turns(pairs: list, n: int, rng: random.Random):
     """Yield n pairs for an instruction to be taught with and up to n others, again and again, all in turn."""
     deck = rng.sample(pairs, len(pairs)) if len(pairs) > n else pairs
@@ -609,31 +634,6 @@ def make_dataset(cfg: DataConfig) -> Dataset:
             raise ValueError(f"{places[number]}: {twin!r} and {s!r} are the same words, "
                              "let them differ in more than spaces and capitals")
     return Dataset(cut_into, tasks, *encode(instances, cut_into))
-
-
-def said(instruction: str, cut_into: str) -> list[str]:
-    """The tokens of an instruction."""
-    return list(instruction) if cut_into == "characters" else WORD.findall(instruction.lower())
-
-
-def encode(instances: dict[str, list[Instance]], cut_into: str) -> tuple[list[str], dict[str, Split]]:
-    """The vocabulary of lists of instances, and each list as a split; an instruction's are to be adjacent."""
-    everything = dict.fromkeys(x for some in instances.values() for x in some)
-    texts = {x: [*said(x.instruction, cut_into), SEP, *WORD.findall(x.input),
-                 ANS, *WORD.findall(x.output), EOS] for x in everything}
-    vocabulary = [*SPECIALS, *sorted(set().union(*texts.values()) - set(SPECIALS))]
-    width, id_of = max(map(len, texts.values())), {token: i for i, token in enumerate(vocabulary)}
-    values = {name: sorted({identity(x) for x in everything}) for name, identity in IDENTITIES.items()}
-    splits = {}
-    for name, some in instances.items():
-        rows = np.array([[id_of[token] for token in texts[x]] + [0] * (width - len(texts[x])) for x in some])
-        sep, ans = ((rows == id_of[mark]).argmax(1) for mark in (SEP, ANS))
-        first = np.sort(np.unique([x.instruction for x in some], return_index=True)[1])
-        identities = {key: np.searchsorted(values[key], [identity(x) for x in some])
-                      for key, identity in IDENTITIES.items()}
-        splits[name] = Split(some, rows, (np.arange(width) > ans[:, None]) & (rows != 0), identities, {
-            "instruction": (first, sep[first]), "answer": (np.arange(len(some)), ans)})
-    return vocabulary, splits
 
 
 # ---------------------------------------------------------------- the command line
