@@ -284,7 +284,7 @@ def align(out: Path, seeds: list[int], small: dict) -> list[dict]:
     for seed in seeds:
         begun, steps = time.perf_counter(), 5 * small.get("steps", 0)       # 0: as many as a run's epochs
         cfg = Config(**{**BASE, **small, "steps": steps}, seed=seed, out=str(out / f"seed{seed}" / "base"))
-        case, device, k = make_case(cfg), pick_device(cfg), cfg.n_tasks
+        case, device, k = make_case(cfg), pick_device(cfg.device), cfg.n_tasks
         splits = {name: case.data.splits[name] for name in ("train", "val", "ood")}
         base, untrained = read_model(case.run, case.data, device), make_model(cfg, case.data).to(device)
         features = {"guard_counts": {name: x[0] for name, x in surface(case.data, [*splits]).items()}}

@@ -16,7 +16,7 @@ import os
 import random
 import re
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from itertools import islice, product
 from pathlib import Path
@@ -398,7 +398,7 @@ def random_tasks(cfg: DataConfig) -> list[Task]:
         if not cfg.n_mappings <= pool <= most:
             raise ValueError(f"{name} is {pool}, it must be from n_mappings ({cfg.n_mappings}) to "
                              f"n_tasks * n_mappings / 2 ({most}), or some word would give its task away")
-    rng, regexes, taken = random.Random(f"{cfg.seed_of('data')}/tasks"), [], set()
+    rng, begun, taken = random.Random(f"{cfg.seed_of('data')}/tasks"), defaultdict(list), set()
     names = ("".join(letters) for n in range(1, 6) for letters in product(ascii_uppercase, repeat=n))
     inputs = dict.fromkeys(islice(names, cfg.n_inputs), 0)
     outputs = dict.fromkeys(map(str, range(cfg.n_outputs)), 0)
@@ -422,8 +422,10 @@ def random_tasks(cfg: DataConfig) -> list[Task]:
     def fresh_pattern():
         while True:
             regex = Regex(random_pattern(rng), cfg.max_len)
-            if all(regex.isdisjoint(other) for other in regexes):
-                regexes.append(regex)
+            letters = {c for chars, _ in regex._edges[0] for c in chars}
+            if all(regex.isdisjoint(other) for c in letters for other in begun[c]):
+                for c in letters:       # with those that begin otherwise there is nothing to compare
+                    begun[c].append(regex)
                 return regex.pattern
 
     return [Task(f"t{t:02d}", fresh_map(), [fresh_pattern() for _ in range(cfg.n_distributions)],

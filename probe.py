@@ -30,7 +30,7 @@ from train import (CAPTURED, capture_path, captured, make_generator, observe, pi
 
 # ---------------------------------------------------------------- k-means
 
-GROUP = 4_000_000       # distances worked on at a time: 16 MB, about what a cache holds
+GROUP = {"cpu": 4_000_000, "cuda": 256_000_000}     # distances at a time: 16 MB fill a cache, 1 GB a GPU
 ROUNDING = 1e-6         # squared distances below this share of the points' variance are taken for 0
 SHORT = 10              # iterations after which only the best start goes on
 FAR = 1e18              # the coordinates of a centroid that no point is to choose
@@ -53,7 +53,7 @@ def kmeans(x, k: int, n_init: int = 8, max_iter: int = 100, seed: int = 0):
         raise ValueError(f"k is {k}, it must be from 1 to the number of points, {n}")
     draws = torch.rand(n_init, k, 2 + int(math.log(k)), generator=make_generator(seed, "kmeans")).to(x.device)
     parts = []
-    for some in x.reshape(-1, n, width).split(max(1, GROUP // (n * draws[:, 0].numel()))):
+    for some in x.reshape(-1, n, width).split(max(1, GROUP[x.device.type] // (n * draws[:, 0].numel()))):
         mean = some.mean(1, keepdim=True, dtype=torch.float64).float()  # near the origin digits last longer
         if not mean.isfinite().all():
             raise ValueError("k-means needs finite points, these hold nan or infinity")
@@ -121,13 +121,14 @@ def _lloyd(x, centroids, max_iter):
     labels, inertia = torch.empty(P, I, N, dtype=torch.int32, device=device), x.new_empty(P, I)
     ends = torch.empty_like(centroids)
     problem, own, nearest = torch.arange(P, device=device), torch.zeros_like(labels), x.new_empty(P, I, N)
-    sums, room = x.new_zeros(P, I, k, C + 2), x.new_empty(max(GROUP, P * I * k))
+    group = GROUP[device.type]
+    sums, room = x.new_zeros(P, I, k, C + 2), x.new_empty(max(group, P * I * k))
     number, low = torch.arange(k, dtype=torch.int32, device=device)[:, None], 2 ** (k - 1).bit_length() - 1
     x = _lift(x)
     for iteration in range(max_iter):
         P, nearest = len(x), nearest[:len(x)]
         moved = torch.zeros(P, dtype=torch.bool, device=device)
-        step = max(1, GROUP // (P * I * max(k, C // 4)))
+        step = max(1, group // (P * I * max(k, C // 4)))
         for s in (slice(start, start + step) for start in range(0, N, step)):
             # The bits of a float >= 0 order as the float does: with the cluster's number in the lowest bits,
             # the least key tells distance and cluster, many times as fast as min with an index would.
@@ -367,12 +368,12 @@ def nc1(x: torch.Tensor, classes) -> np.ndarray:
     x, classes = x.double(), np.unique(classes, return_inverse=True)[1]
     x = x - x.mean(-2, keepdim=True)
     between, share = means(x, classes), np.bincount(classes) / len(classes)
-    within = x.mT @ x / len(classes) - between.mT * torch.from_numpy(share) @ between
+    within = x.mT @ x / len(classes) - between.mT * torch.from_numpy(share).to(x.device) @ between
     between = between - between.mean(-2, keepdim=True)          # M: S_B = M^T M / K, and the two K cancel
     inverse = torch.linalg.pinv(between @ between.mT, rtol=1e-10, hermitian=True)
     value = (inverse @ between @ within @ between.mT @ inverse).diagonal(dim1=-2, dim2=-1).sum(-1)
     apart = between.square().sum((-1, -2)) > 1e-12 * x.square().sum((-1, -2))
-    return torch.where(apart, value, math.nan).numpy()
+    return torch.where(apart, value, math.nan).cpu().numpy()
 
 
 def merge_ratio(distances: torch.Tensor, tasks) -> np.ndarray:
@@ -403,7 +404,7 @@ def knn(train, query, k: int) -> torch.Tensor:
     train, query = train - mean, query - mean
     norms, index = train.square().sum(1), torch.arange(len(train), device=train.device)
     found = index.new_empty(len(query), k)
-    step = max(32, GROUP // (8 * len(train)))
+    step = max(32, GROUP[train.device.type] // (8 * len(train)))
     squared, keys = train.new_empty(step, len(train)), index.new_empty(step, len(train))
     for some, into in zip(query.split(step), found.split(step)):
         near, key = squared[:len(some)], keys[:len(some)]
@@ -471,19 +472,19 @@ def scores(states: torch.Tensor, ids: dict[str, np.ndarray], known=None, seed: i
     _, one, regex = np.unique(pair, return_index=True, return_inverse=True)
     for identity, classes in ids.items():
         classes = np.unique(classes, return_inverse=True)[1]
-        clusters = kmeans(states, classes.max() + 1, seed=seed)[0].numpy()          # (S, L + 1, n)
+        clusters = kmeans(states, classes.max() + 1, seed=seed)[0].cpu().numpy()    # (S, L + 1, n)
         for name, measure in MEASURES.items():
             yield (identity, name, classes, regex if identity == "task" else None,
                    lambda c, measure=measure, clusters=clusters: measure(c, clusters))
     yield "task", "nc1", task, regex, lambda c: np.stack([nc1(x, c) for x in states])
     centroids = torch.stack([means(x.float(), regex) for x in states])
-    distances = torch.cdist(centroids, centroids, compute_mode="donot_use_mm_for_euclid_dist")
+    distances = torch.cdist(centroids, centroids, compute_mode="donot_use_mm_for_euclid_dist").cpu()
     yield "task", "merge_ratio", task[one], None, lambda c: merge_ratio(distances, c)
     if known:
         others, of_others = known
         near = torch.stack([knn(a, b, min(NEIGHBOURS, len(a))) for a, b in
                             zip(others.flatten(0, 1), states.flatten(0, 1))])
-        near = near.view(*states.shape[:3], -1).numpy()                             # (S, L + 1, n, K)
+        near = near.view(*states.shape[:3], -1).cpu().numpy()                       # (S, L + 1, n, K)
         yield "task", "knn_share", of_others["task"], None, lambda c: (c[near] == task[:, None]).mean((2, 3))
         for identity in (key for key in ids if key in ("task", "output")):
             yield (identity, f"knn_{identity}", of_others[identity], None,
@@ -530,7 +531,7 @@ def probe(run: str | Path, views=("raw",)) -> list[dict]:
     0. View `centred` is only for states that have seen an input. Raises ValueError if nothing was captured,
     and for a run folder that is damaged.
     """
-    seed, steps, rows = read_config(run).seed, captured(run), []
+    seed, device, steps, rows = read_config(run).seed, pick_device(), captured(run), []
     if not steps:
         raise ValueError(f"{run} has no captures: train it first")
     data = read_data(run)
@@ -544,6 +545,7 @@ def probe(run: str | Path, views=("raw",)) -> list[dict]:
         progress(f"{done} of {len(parts)} parts probed; now {view} states at {position} of {split}")
         ids, at = labels[position][split], [0] if position == "surface" else steps
         states = bags[split] if position == "surface" else load(run, steps, split, position, len(ids["task"]))
+        states = states.to(device)
         if view != "raw":               # which may stay float16, half the memory
             states = VIEWS[view](states.float(), ids)
         if split == "subset":           # which comes first: the points that neighbours are sought among
@@ -667,7 +669,7 @@ def patch(run: str | Path) -> list[dict]:
     right, do neither. Raises ValueError if the run has no checkpoint, or no prompt has a donor.
     """
     cfg, data = read_config(run), read_data(run)
-    device = pick_device(cfg)
+    device = pick_device()          # wherever it was trained
     model = read_model(run, data, device)
     val, subset, generator = data.splits["val"], data.splits["subset"], make_generator(cfg.seed, "patch")
     read = {position: columns[val.state_of(position)] for position, (_, columns) in val.positions.items()}

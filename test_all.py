@@ -5,6 +5,7 @@
     .venv/bin/pytest -k regex test_all.py  the claims with that word in their name
 """
 import contextlib
+import copy
 import dataclasses
 import io
 import itertools
@@ -27,6 +28,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings, strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import apply
 import data
@@ -40,6 +43,12 @@ settings.register_profile("all", deadline=None, derandomize=True)
 settings.load_profile("all")
 SMALL = dict(n_tasks=4, n_distributions=2, n_mappings=3, n_inputs=5, n_outputs=6, n_train=12, n_val=6)
 TINY = dict(SMALL, n_layer=2, n_head=2, n_embd=16, epochs=6, batch_size=64, n_captures=6)
+
+
+def cuda(test):
+    """Mark a test that needs a GPU."""
+    needs = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    return pytest.mark.cuda(needs(test))
 
 
 @pytest.fixture
@@ -528,14 +537,17 @@ def test_model_starts_as_gpt2_does():
             assert p.std().item() == pytest.approx(std, rel=0.05), name
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@cuda
 def test_cuda_runs_a_fused_kernel_with_the_same_result(gpt):
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
-    expected = gpt(IDX)[0]
-    with sdpa_kernel(fused):                # raises if only the unfused kernel could run
-        assert torch.allclose(gpt.cuda()(IDX.cuda())[0].cpu(), expected, atol=1e-3)
-    gpt.cpu()
+    expected, there = gpt(IDX)[0], copy.deepcopy(gpt).to("cuda")
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):           # raises if another one were needed
+        assert torch.allclose(there(IDX.to("cuda"))[0].cpu(), expected, atol=1e-3)
+    wide = model.GPT(model.ModelConfig(11, 7, n_layer=3, n_head=4, n_embd=64)).to("cuda")   # as in training
+    exact = wide(IDX.to("cuda"))[0]
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), torch.autocast("cuda", torch.bfloat16):
+        logits = wide(IDX.to("cuda"))[0]
+        logits.sum().backward()
+    assert torch.allclose(logits.float(), exact, atol=0.02)
 
 
 # ---------------------------------------------------------------- training
@@ -559,7 +571,7 @@ def test_run_folder_is_laid_out_as_promised(run):
     for name in "config.json", "tasks.json", "metrics.jsonl", "ckpt.pt", "states/labels.npz":
         assert (run / name).exists()
     assert set(rows[0]) == {"step", "epoch", "loss", "acc_subset", "acc_val", "acc_ood", "seconds"}
-    assert set(cfg["versions"]) == {"python", "torch", "numpy"} and cfg["runs_on"] in ("cpu", "cuda")
+    assert set(cfg["versions"]) == {"python", "torch", "numpy"} and cfg["runs_on"] in ("cpu", "cuda:0")
     steps = train.capture_steps(rows[-1]["step"], 6)
     assert [row["step"] for row in rows] == steps
     assert {f"{step:06d}" for step in steps} | {"labels"} == {p.stem for p in (run / "states").iterdir()}
@@ -607,6 +619,198 @@ def test_task_accuracy_is_greedy_decoding(run, tmp_path):
                 text.append(net(torch.tensor([text]))[0][0, -1].argmax().item())
             right += [d.vocabulary[t] for t in text[-2:]] == [x.output, "<eos>"]
         assert train.observe(net, split, batch=50)[0].sum() == right
+
+
+def steps_of(device="cpu", **changes):
+    """A step, and its network, as `train` makes them."""
+    cfg = train.Config(**{**TINY, **changes})
+    d = make_dataset(cfg)
+    net = train.make_model(cfg, d).to(device)
+    step = train.Step(cfg, d, net, train.make_optimizers(net, cfg))
+    step.begin(0)
+    return step, net
+
+
+def test_muon_does_what_torchs_does_and_makes_updates_orthogonal():
+    shapes, generator = [(24, 8), (8, 8), (8, 24), (24, 8), (8, 24)], torch.Generator().manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    rate = torch.tensor(0.0, dtype=torch.float64)
+    muon, reference = train.Muon(ours, rate, 0.3), torch.optim.Muon(theirs, 0.0, weight_decay=0.3)
+    for lr in 0.1, 0.2, 0.05, 0.0:
+        before = [p.detach().clone() for p in ours]
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn(p.shape, generator=generator)
+            q.grad = p.grad.clone()
+        reference.param_groups[0]["lr"] = lr
+        muon.param_groups[0]["lr"].fill_(lr)
+        muon.step(), reference.step()
+        for p, q, old in zip(ours, theirs, before):
+            assert torch.allclose(p, q, atol=0.02 * lr + 1e-6)
+            update = (old * (1 - 0.3 * lr) - p.detach()) / max(1, p.shape[0] / p.shape[1]) ** 0.5
+            singular = torch.linalg.svdvals(update)
+            assert (singular > 0.55 * lr - 1e-6).all() and (singular < 1.3 * lr + 1e-6).all()
+
+
+@pytest.mark.parametrize("loss_on", ["all", "answer"])
+def test_a_step_is_what_a_plain_loop_does(loss_on):
+    step, net = steps_of(optimizer="adamw", loss_on=loss_on, epochs=2)
+    cfg, plain = step.cfg, copy.deepcopy(net)
+    train_split = make_dataset(cfg).splits["train"]
+    instances = [row[row != 0].tolist() for row in train_split.tokens]
+    optimizer = torch.optim.AdamW(plain.parameters(), betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
+    total, per_epoch = 2 * (len(instances) // 64), len(instances) // 64
+    order = []
+    for at in range(total):
+        epoch, i = divmod(at, per_epoch)
+        if i == 0:
+            order = torch.randperm(len(instances), generator=train.make_generator(0, "order", epoch)).tolist()
+            step.begin(at)
+        losses = []
+        for n in order[64 * i:64 * (i + 1)]:
+            ids = torch.tensor([instances[n]])
+            every = F.cross_entropy(plain(ids[:, :-1])[0][0], ids[0, 1:], reduction="none")
+            answer = torch.from_numpy(train_split.is_output[n, 1:len(instances[n])])
+            losses += every[answer if loss_on == "answer" else slice(None)]
+        loss = torch.stack(losses).mean()
+        warm = (at + 1) / (0.1 * total) if 0.1 * total > 1 else at + 1
+        optimizer.param_groups[0]["lr"] = cfg.lr * min(warm, (total - at) / (0.9 * total))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        step()
+        assert step.take_losses() == pytest.approx(loss.item(), abs=1e-5)
+    assert all(torch.allclose(p, q, atol=1e-4) for p, q in zip(net.parameters(), plain.parameters()))
+
+
+def test_a_step_asks_the_host_for_nothing():
+    questions = "_local_scalar_dense", "equal", "nonzero", "is_nonzero", "masked_select", "unique"
+
+    class Listening(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            asked.append(function.overloadpacket.__name__ in questions)
+            return function(*args, **(kwargs or {}))
+
+    step, net = steps_of()
+    for work, asks in (step, False), (step.take_losses, True):
+        asked = []
+        with Listening():
+            work()
+        assert any(asked) == asks and len(asked) > 1
+
+
+def test_every_step_is_taken_once_whether_run_captured_or_replayed(monkeypatch):
+    taken, capturing, aside = [], [], contextlib.nullcontext()
+    aside.wait_stream = lambda other: None
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: aside)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: aside)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+
+    class Graph:                    # what is captured is not run then, but whenever it is replayed
+        def replay(self):
+            taken.append("replayed")
+
+    @contextlib.contextmanager
+    def looking_on(graph):
+        capturing.append(True)
+        yield
+        capturing.append(False)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", looking_on)
+    once = train.replayed(lambda: capturing and capturing[-1] or taken.append("run"))
+    for n in range(1, 8):
+        once()
+        assert len(taken) == n
+    assert capturing == [True, False] and taken.count("run") == 3
+
+
+def test_bfloat16_learns_nearly_the_same(run, tmp_path):
+    rows = lines(train.train(train.Config(**TINY, precision="bfloat16", out=str(tmp_path / "run")))
+                 / "metrics.jsonl")
+    losses, exact = ([row["loss"] for row in some[1:]] for some in (rows, lines(run / "metrics.jsonl")))
+    assert losses != exact and np.allclose(losses, exact, atol=0.02)
+
+
+def test_slow_two_processes_learn_what_one_does_and_one_writes(tmp_path, monkeypatch):
+    changes = {**TINY, "optimizer": "adamw", "batch_size": 63, "eval_every": 4}     # two halves of 63 differ
+
+    def by_two(out, *flags):
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        return subprocess.run([*torchrun, "train.py", *as_flags({**changes, "out": out}), *flags], cwd=HERE,
+                              text=True, capture_output=True, check=True).stdout
+
+    one = train.train(train.Config(**changes, out=str(tmp_path / "one")))
+    said = by_two(tmp_path / "two")
+    assert said.count("done; next") == said.count("2 processes") == 1
+    evaluate, calls = train.evaluate, itertools.count(1)
+
+    def stop_at_5(*args):
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+        return evaluate(*args)
+
+    monkeypatch.setattr(train, "evaluate", stop_at_5)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(train.Config(**changes, out=str(tmp_path / "both")))
+    by_two(tmp_path / "both", "--resume")
+    weights, rows, states = outcome(one)
+    for run in tmp_path / "two", tmp_path / "both":
+        weights2, rows2, states2 = outcome(run)
+        assert [row["step"] for row in rows] == [row["step"] for row in rows2] and [*states] == [*states2]
+        assert np.allclose([row["loss"] for row in rows[1:]], [row["loss"] for row in rows2[1:]], atol=1e-4)
+        assert all(torch.allclose(weights[key], weights2[key], atol=1e-3) for key in weights)
+
+
+@cuda
+@pytest.mark.parametrize("optimizer, near", [("adamw", 1e-4), ("muon", 1e-3)])
+def test_cuda_and_cpu_losses_agree_over_20_steps(optimizer, near):
+    pairs = [steps_of(device, optimizer=optimizer, precision="float32")[0] for device in ("cpu", "cuda")]
+    for at in range(20):
+        for step in pairs:
+            if at % step.per_epoch == 0:
+                step.begin(at)
+            step()
+        here, there = (step.take_losses() for step in pairs)
+        assert here == pytest.approx(there, abs=near), at
+
+
+@cuda
+def test_cuda_captures_agree_with_those_of_cpu(run):
+    d, net = load_model(run)
+    for name in train.CAPTURED:
+        right, states = train.observe(net.to("cpu"), d.splits[name])
+        right2, states2 = train.observe(net.to("cuda"), d.splits[name])
+        assert (right != right2).mean() < 0.01
+        assert all(np.allclose(states[p], states2[p], rtol=2e-3, atol=2e-3) for p in states)
+
+
+@cuda
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_cuda_graph_does_what_its_step_does_and_waits_for_nothing(optimizer):
+    (eager, net), (captured, net2) = (steps_of("cuda", optimizer=optimizer) for _ in range(2))
+    replayed = train.replayed(captured)
+    for at in range(12):
+        for step, take in (eager, eager), (captured, replayed):
+            if at % step.per_epoch == 0:
+                step.begin(at)
+            torch.cuda.set_sync_debug_mode("error" if at > 4 else "default")
+            take()
+            torch.cuda.set_sync_debug_mode("default")
+    assert eager.take_losses() == pytest.approx(captured.take_losses(), abs=1e-2)
+    assert eager.at.item() == captured.at.item() == 12
+    assert all(torch.allclose(p, q, atol=1e-2) for p, q in zip(net.parameters(), net2.parameters()))
+
+
+@cuda
+def test_cuda_trains_captures_and_goes_on(run, tmp_path, monkeypatch):
+    cfg = train.Config(**TINY, device="cuda", out=str(tmp_path / "run"))
+    rows = lines(train.train(cfg) / "metrics.jsonl")
+    exact = lines(run / "metrics.jsonl")
+    assert np.allclose([row["loss"] for row in rows[1:]], [row["loss"] for row in exact[1:]], atol=0.05)
+    (tmp_path / "run" / "ckpt.pt").unlink()
+    train.train(cfg, resume=True)
+    probe.probe(tmp_path / "run")
 
 
 def outcome(run):
@@ -943,9 +1147,21 @@ def test_kmeans_sows_an_emptied_cluster_anew():
 def test_kmeans_and_knn_in_small_pieces_give_the_same(monkeypatch):
     x, y = blobs(3, 200, 8, 6, 0.4), blobs(1, 300, 8, 6, 0.4, seed=1)[0]
     whole, near = probe.kmeans(x, 6), probe.knn(x[0], y, 7)
-    monkeypatch.setattr(probe, "GROUP", 500)        # some ten points at a time
+    monkeypatch.setattr(probe, "GROUP", {"cpu": 500})        # some ten points at a time
     assert all(torch.allclose(a, b) for a, b in zip(whole, probe.kmeans(x, 6)))
     assert torch.equal(near, probe.knn(x[0], y, 7))
+
+
+@cuda
+def test_cuda_finds_the_clusters_and_neighbours_that_cpu_finds(monkeypatch):
+    x = torch.randn(3, 500, 8, generator=torch.Generator().manual_seed(0))
+    x[..., :3] += 9 * torch.randint(2, (3, 500, 3), generator=torch.Generator().manual_seed(1))
+    monkeypatch.setitem(probe.GROUP, "cuda", 5000)          # in pieces
+    labels, centroids, inertia = (a.cpu() for a in probe.kmeans(x.to("cuda"), 8))
+    labels2, centroids2, inertia2 = probe.kmeans(x, 8)
+    assert torch.equal(labels, labels2) and torch.allclose(inertia, inertia2, rtol=1e-4)
+    assert torch.allclose(centroids, centroids2, atol=1e-3)
+    assert torch.equal(probe.knn(x[0].to("cuda"), x[1].to("cuda"), 9).cpu(), probe.knn(x[0], x[1], 9))
 
 
 @pytest.mark.parametrize("call", ["kmeans(x, 512, n_init=4, max_iter=2)", "knn(x, x[:20000], 10)"])

@@ -4,17 +4,21 @@
     python train.py --preset quick                    seconds, into runs/quick; facts and large, likewise
     python train.py --tasks mine.json --n-layer 6     your own tasks, any knob (--help lists them)
     python train.py --resume                          go on where a run was stopped
+    torchrun --standalone --nproc_per_node=2 train.py     two processes share every batch, and one writes
 
 Figures 2 and 3 of the paper start here: the loss, the accuracies, and the captures that probe.py reads. Our
 choices, since the paper fixes none of it: the sizes, Muon for the blocks' matrices (it needs half the epochs
 that AdamW does), a rate that warms up and then falls linearly.
 """
+import contextlib
 import dataclasses
 import errno
 import fcntl
 import hashlib
 import io
+import itertools
 import json
+import math
 import os
 import platform
 import random
@@ -27,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from data import DataConfig, Dataset, Flags, Split, command_line, knob, make_dataset, write, write_tasks
@@ -56,6 +61,8 @@ class Config(DataConfig):
     muon_lr: float = knob(0.02, "peak learning rate of Muon")
     weight_decay: float = knob(0.1, "decoupled weight decay of both")
     warmup: float = knob(0.1, "share of the steps in which the rate rises, before it falls to 0", most=0.99)
+    precision: str = knob("auto", "of a step's products: float32, bfloat16 (weights stay float32), or auto, "
+                          "which is bfloat16 on cuda", choices=("auto", "float32", "bfloat16"))
     n_captures: int = knob(20, "how often the states are kept, about")
     eval_every: int = knob(0, "steps between evaluations besides those at captures; 0: no others", least=0)
     init_seed: int = knob(-1, "of the initial weights, if not --seed", least=-1, most=2 ** 63)
@@ -87,12 +94,15 @@ def capture_steps(total: int, n: int) -> list[int]:
     return sorted({*steps, *even.astype(int).tolist()})
 
 
-def pick_device(cfg: Config) -> torch.device:
-    """Where to run. Raises ValueError if it is not there."""
-    if cfg.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("there is no CUDA device here: use --device cpu")
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(auto if cfg.device == "auto" else cfg.device)
+def pick_device(wanted: str = "auto") -> torch.device:
+    """Where to run; every process of torchrun's has a GPU of its own. Raises ValueError if there is none."""
+    if wanted == "cpu" or wanted == "auto" and not torch.cuda.is_available():
+        return torch.device("cpu")
+    number, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if number >= there:
+        raise ValueError(f"there is no CUDA device {number} here, but {there}: use --device cpu")
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 # ---------------------------------------------------------------- the run folder
@@ -209,11 +219,11 @@ def hold(out: Path):
 def restore(cfg: Config, out: Path, model: GPT, optimizers: list[torch.optim.Optimizer]):
     """Set model and optimisers to a run's checkpoint; return its step, metrics, losses since, and seconds.
 
-    That is 0, [], [], 0.0 if there is none. Raises ValueError for a checkpoint that is damaged, or of another
-    configuration.
+    That is 0, [], 0.0, 0.0 if there is none. Raises ValueError for a checkpoint that is damaged, or is of
+    another configuration.
     """
     if not (out / "ckpt.pt").exists():
-        return 0, [], [], 0.0
+        return 0, [], 0.0, 0.0
     try:
         with zipfile.ZipFile(out / "ckpt.pt") as parts:     # torch does not look at the checksums it writes
             if bad := parts.testzip():
@@ -221,7 +231,7 @@ def restore(cfg: Config, out: Path, model: GPT, optimizers: list[torch.optim.Opt
         saved = torch.load(out / "ckpt.pt", map_location=model.token.weight.device, weights_only=True)
         model.load_state_dict(saved["model"])
         for optimizer, state in zip(optimizers, saved["optimizers"]):
-            optimizer.load_state_dict(state)
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         step, rows, losses, seconds = (saved[key] for key in ("step", "rows", "losses", "seconds"))
         changed = [key for key, x in vars(cfg).items() if key != "out" and saved["config"].get(key, x) != x]
         lost = sorted({*saved["captures"]} - {*captured(out)})
@@ -231,16 +241,16 @@ def restore(cfg: Config, out: Path, model: GPT, optimizers: list[torch.optim.Opt
     except Exception as e:          # a damaged file can raise nearly anything
         raise ValueError(f"{out}/ckpt.pt is damaged or does not fit, begin another --out: {e!r:.200}"
                          ) from None
-    return step, rows, list(losses), seconds
+    return step, rows, losses, seconds
 
 
 def record(cfg: Config, out: Path, model: GPT, optimizers: list[torch.optim.Optimizer], step: int,
-           rows: list[dict], losses: list[torch.Tensor], seconds: float):
+           rows: list[dict], losses: float, seconds: float):
     """Write a checkpoint, all that `restore` gives back, and the metrics so far."""
     buffer = io.BytesIO()
-    torch.save({"step": step, "rows": rows, "losses": torch.tensor(losses), "seconds": seconds,
+    torch.save({"step": step, "rows": rows, "losses": losses, "seconds": seconds,
                 "captures": captured(out), "config": vars(cfg), "model": model.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, buffer)
+                "optimizers": [optimizer.state_dict()["state"] for optimizer in optimizers]}, buffer)
     write(out / "ckpt.pt", buffer.getvalue())
     write_rows(out / "metrics.jsonl", rows)
 
@@ -285,7 +295,7 @@ def prepare(cfg: Config, resume: bool, data: Dataset | None) -> tuple[Dataset, t
     elif out.exists():
         raise ValueError(f"{out} exists: choose another --out, delete it, or go on with it by --resume")
     # a run goes on with the tasks it began with, whatever has become of the file they came from
-    return (read_data(out, data) if resume else data or make_dataset(cfg)), pick_device(cfg)
+    return (read_data(out, data) if resume else data or make_dataset(cfg)), pick_device(cfg.device)
 
 
 # ---------------------------------------------------------------- what is measured
@@ -300,19 +310,21 @@ def observe(model: GPT, split: Split, batch: int = 512) -> tuple[np.ndarray, dic
     forward pass tells.
     """
     device = model.token.weight.device
-    right, states = [], {position: [] for position in split.positions}
-    for start in range(0, len(split.tokens), batch):
+    tokens, is_output = (torch.from_numpy(x).to(device) for x in (split.tokens, split.is_output))
+    right, states = [], {    # in pinned memory, into which a GPU copies while it goes on computing
+        position: torch.empty(model.cfg.n_layer + 1, len(rows), model.cfg.n_embd, dtype=torch.float16,
+                              pin_memory=device.type == "cuda")
+        for position, (rows, _) in split.positions.items()}
+    for start in range(0, len(tokens), batch):
         some = slice(start, start + batch)
-        tokens = torch.from_numpy(split.tokens[some]).to(device)
-        logits, layers = model(tokens[:, :-1])                          # (B, T, V), L + 1 times (B, T, C)
-        wrong = (logits.argmax(-1) != tokens[:, 1:]).cpu().numpy() & split.is_output[some, 1:]
-        right.append(~wrong.any(1))
+        logits, layers = model(tokens[some, :-1])                       # (B, T, V), L + 1 times (B, T, C)
+        right.append(~((logits.argmax(-1) != tokens[some, 1:]) & is_output[some, 1:]).any(1))
         for position, (rows, columns) in split.positions.items():
-            mine = (start <= rows) & (rows < start + batch)
-            read = [x[rows[mine] - start, columns[mine]] for x in layers]
-            states[position].append(torch.stack(read).half().cpu())
-    states = {position: torch.cat(parts, 1).numpy() for position, parts in states.items()}
-    return np.concatenate(right), states
+            mine = slice(*np.searchsorted(rows, (start, start + batch)))
+            for kept, x in zip(states[position], layers):
+                kept[mine].copy_(x[rows[mine] - start, columns[mine]].half(), non_blocking=True)
+    right = torch.cat(right).cpu().numpy()                              # waits for the copies, too
+    return right, {position: x.numpy() for position, x in states.items()}
 
 
 def evaluate(model: GPT, data: Dataset, out: Path, step: int, keep: bool) -> dict[str, float]:
@@ -334,19 +346,161 @@ def make_model(cfg: Config, data: Dataset) -> GPT:
                make_generator(cfg.seed_of("init"), "weights"))
 
 
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) for matrices: a mean of the gradients, made orthogonal, is the update.
+
+    It does what torch.optim.Muon does, in a third of the time on CPU, as matrices of one shape go together,
+    and takes its rate from a tensor on the device, as a CUDA graph must.
+    """
+
+    def __init__(self, params, lr: torch.Tensor, weight_decay: float, momentum: float = 0.95):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        """Update the parameters by their gradients."""
+        [group], alike = self.param_groups, {}
+        momentum, keep = group["momentum"], 1 - group["lr"] * group["weight_decay"]
+        for p in group["params"]:
+            alike.setdefault(p.shape, []).append(p)
+        for (m, n), params in alike.items():
+            grads = torch.stack([p.grad for p in params])
+            state = self.state[params[0]]                       # of all of this shape
+            if not state:
+                state["mean"] = torch.zeros_like(grads)
+            state["mean"].lerp_(grads, 1 - momentum)
+            updates = orthogonal(grads.lerp(state["mean"], momentum)).float()
+            rate = -group["lr"] * max(1, m / n) ** 0.5
+            for p, update in zip(params, updates):
+                p.mul_(keep).addcmul_(update, rate)
+
+
+def orthogonal(x: torch.Tensor) -> torch.Tensor:
+    """Matrices (..., m, n) -> the same with singular values brought near 1 (0.7 to 1.2), in bfloat16.
+
+    Five steps of a quintic Newton-Schulz iteration, with the coefficients of Jordan et al.: it takes products
+    alone, no decomposition.
+    """
+    x, tall = x.bfloat16(), x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+    return x.mT if tall else x
+
+
 def make_optimizers(model: GPT, cfg: Config) -> list[torch.optim.Optimizer]:
-    """AdamW, and for the blocks' matrices Muon (Jordan et al. 2024), which orthogonalises its updates."""
+    """AdamW, and Muon for the blocks' matrices. Their rates are tensors, which `Step` sets."""
     muon = [p for p in model.blocks.parameters() if p.dim() == 2] if cfg.optimizer == "muon" else []
     rest = [p for p in model.parameters() if all(p is not q for q in muon)]
-    adamw = torch.optim.AdamW(rest, cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
-    return [adamw, torch.optim.Muon(muon, cfg.muon_lr, weight_decay=cfg.weight_decay)] if muon else [adamw]
+    cuda = model.token.weight.is_cuda       # where AdamW's kernel wants its rate in single precision
+    rates = torch.zeros(2, dtype=torch.float32 if cuda else torch.float64, device=model.token.weight.device)
+    adamw = torch.optim.AdamW(rest, rates[0], betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True,
+                              capturable=cuda)
+    return [adamw, Muon(muon, rates[1], cfg.weight_decay)] if muon else [adamw]
 
 
-def check_finite(model: GPT, losses: list[torch.Tensor], step: int):
+class Step:
+    """A training step: batch, forward, backward, schedule, optimisers.
+
+    All it needs is on the device, even which step it is, and it asks the host nothing, so that a GPU is never
+    waited for. Where torchrun started several processes, each takes its share of every batch.
+    """
+
+    def __init__(self, cfg: Config, data: Dataset, model: GPT, optimizers: list[torch.optim.Optimizer]):
+        self.cfg, self.model, self.net, self.optimizers = cfg, model, model, optimizers
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if self.world > 1:
+            self.net = torch.nn.parallel.DistributedDataParallel(model)     # averages the gradients
+        device, split = model.token.weight.device, data.splits["train"]
+        self.bfloat16 = cfg.precision == "bfloat16" or cfg.precision == "auto" and device.type == "cuda"
+        scored = split.is_output if cfg.loss_on == "answer" else split.tokens != 0      # 0 is <pad>
+        self.tokens = torch.from_numpy(split.tokens).to(device)                         # (N, T)
+        self.targets = torch.from_numpy(np.where(scored, split.tokens, -100)).to(device)    # -100: not scored
+        self.batch = min(cfg.batch_size, len(self.tokens))
+        self.per_epoch = len(self.tokens) // self.batch      # the rest waits for another epoch's order
+        self.total = cfg.steps or cfg.epochs * self.per_epoch
+        self.order = torch.zeros(len(self.tokens), dtype=torch.int64, device=device)
+        self.in_batch = torch.arange(self.batch, device=device)
+        self.at = torch.zeros((), dtype=torch.float64, device=device)                   # the step to come
+        self.losses = torch.zeros_like(self.at)                                         # their sum
+
+    def begin(self, at: int):
+        """Set the step to come and its epoch's order; whoever counts on calls this for every epoch."""
+        generator = make_generator(self.cfg.seed_of("order"), "order", at // self.per_epoch)
+        order = torch.randperm(len(self.order), generator=generator, pin_memory=self.order.is_cuda)
+        self.order.copy_(order, non_blocking=True)
+        self.at.fill_(at)
+
+    def __call__(self):
+        chosen = self.order[(self.at % self.per_epoch).long() * self.batch + self.in_batch]     # (B,)
+        mine = chosen[self.rank::self.world]
+        with torch.autocast(self.at.device.type, torch.bfloat16, enabled=self.bfloat16):
+            logits, _ = self.net(self.tokens[mine, :-1])                                # (B, T - 1, V)
+        loss = F.cross_entropy(logits.float().flatten(0, 1), self.targets[mine, 1:].flatten(),
+                               ignore_index=-100, reduction="sum")
+        loss = loss * self.world / (self.targets[chosen, 1:] != -100).sum()     # their mean is that of all
+        loss.backward()
+        warmup = self.cfg.warmup
+        rate = torch.minimum((self.at + 1) / max(1, warmup * self.total),
+                             (self.total - self.at) / ((1 - warmup) * self.total))
+        for optimizer, peak in zip(self.optimizers, (self.cfg.lr, self.cfg.muon_lr)):
+            optimizer.param_groups[0]["lr"].copy_(rate * peak)
+            optimizer.step()
+            optimizer.zero_grad()
+        self.losses += loss.detach()
+        self.at += 1
+
+    def take_losses(self) -> float:
+        """The sum of the losses since this was last called; waits for the device, and for other processes."""
+        if self.world > 1:
+            dist.all_reduce(self.losses)
+        losses = self.losses.item() / self.world
+        self.losses.zero_()
+        return losses
+
+
+def replayed(step):
+    """A step for CUDA that costs one launch: captured as a graph, then replayed.
+
+    The first three times it runs as it is, in which libraries set themselves up, on a stream of its own.
+    """
+    calls, graph, stream = itertools.count(), torch.cuda.CUDAGraph(), torch.cuda.Stream()
+
+    def once():
+        call = next(calls)
+        if call < 3:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                step()
+            torch.cuda.current_stream().wait_stream(stream)
+            return
+        if call == 3:
+            with torch.cuda.graph(graph):       # this does nothing but look on
+                step()
+        graph.replay()
+    return once
+
+
+def check_finite(model: GPT, losses: float, step: int):
     """Raises ValueError if a loss or a weight is nan or infinite."""
-    if not all(x.isfinite().all() for x in [*losses, *model.parameters()]):
+    if not (math.isfinite(losses) and all(x.isfinite().all() for x in model.parameters())):
         raise ValueError(f"the loss or a weight is nan or infinite by step {step}: begin another --out "
                          "with a lower --lr or --muon-lr (the last good checkpoint is kept)")
+
+
+@contextlib.contextmanager
+def processes(device: torch.device):
+    """Join the processes that torchrun has started, if it has."""
+    if not dist.is_torchelastic_launched():
+        yield
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def train(cfg: Config, resume: bool = False, asked: list = (), data: Dataset | None = None) -> Path:
@@ -358,72 +512,74 @@ def train(cfg: Config, resume: bool = False, asked: list = (), data: Dataset | N
     a configuration that cannot be or a folder in the way.
     """
     data, device = prepare(cfg, resume, data)
-    out, split = Path(cfg.out), data.splits["train"]
-    scored = split.is_output if cfg.loss_on == "answer" else split.tokens != 0      # 0 is <pad>
-    targets = torch.from_numpy(np.where(scored, split.tokens, -100)).to(device)     # (N, T), -100: not scored
-    tokens = torch.from_numpy(split.tokens).to(device)                              # (N, T)
-    length = (split.tokens != 0).sum() / len(tokens)                                # tokens an instance
-    batch = min(cfg.batch_size, len(tokens))
-    per_epoch = len(tokens) // batch                    # what is left over waits for another epoch's order
-    total = cfg.steps or cfg.epochs * per_epoch
-    captures = capture_steps(total, cfg.n_captures)
-    evaluations = {*range(0, total, cfg.eval_every or total), *captures}
+    out = Path(cfg.out)
     model = make_model(cfg, data).to(device)
     if cfg.start and not (out / "ckpt.pt").exists():
         begin_with(cfg.start, model, data)
-    optimizers = make_optimizers(model, cfg)
-    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    if not resume:
-        begin(cfg, data, device)
+    with processes(device):
+        step = Step(cfg, data, model, make_optimizers(model, cfg))
+        if step.rank == 0 and not resume:
+            begin(cfg, data, device)
+        with hold(out) if step.rank == 0 else contextlib.redirect_stdout(None):     # one process writes
+            go_on(step, data, out, asked)
+    return out
+
+
+def go_on(step: Step, data: Dataset, out: Path, asked: list):
+    """Take the steps that a run still lacks, and evaluate, capture and record on the way; for `train`."""
+    cfg, model, optimizers, total = step.cfg, step.model, step.optimizers, step.total
+    captures = capture_steps(total, cfg.n_captures)
+    evaluations = {*range(0, total, cfg.eval_every or total), *captures}
+    print_header(step, data, len(captures))
+    first, rows, losses, seconds = restore(cfg, out, model, optimizers)
+    if step.rank == 0:
+        write_rows(out / "metrics.jsonl", rows)         # whatever has become of them
+    if step.world > 1:
+        dist.barrier()                                  # all have read before one writes
+    step.losses.fill_(losses)
+    length = (step.tokens != 0).sum().item() / len(step.tokens)     # tokens an instance
+    on_cuda = step.at.is_cuda and step.world == 1       # processes have more to wait for than launches
+    take = replayed(step) if on_cuda else step
+    launched = clock = time.perf_counter()              # it stops where something else than training is done
+    for at in range(first, total + 1):
+        if at in evaluations and not (rows and rows[-1]["step"] == at):
+            losses = step.take_losses()
+            check_finite(model, losses, at)
+            seconds += time.perf_counter() - clock
+            if step.rank == 0:
+                loss = losses / (at - rows[-1]["step"]) if rows else None
+                rows.append({"step": at, "epoch": at / step.per_epoch, "loss": loss,
+                             **evaluate(model, data, out, at, at in captures), "seconds": seconds})
+                record(cfg, out, model, optimizers, at, rows, 0.0, seconds)
+                print_row(rows[-1], total, at * step.batch * length / seconds,
+                          (total - at) * (time.perf_counter() - launched) / max(1, at - first))
+            clock = time.perf_counter()
+        if at == total:
+            break
+        if asked:
+            losses = step.take_losses()
+            check_finite(model, losses, at)
+            record(cfg, out, model, optimizers, at, rows, losses, seconds + time.perf_counter() - clock)
+            print(f"stopped and saved at step {at}; to go on: python train.py --resume --out {out}")
+            raise KeyboardInterrupt
+        if at == first or at % step.per_epoch == 0:
+            step.begin(at)
+        take()
+    print(f"done; next: python probe.py {out}")
+
+
+def print_header(step: Step, data: Dataset, n_captures: int):
+    """What is about to be trained, and the columns of `print_row`."""
+    cfg, device = step.cfg, step.at.device
     size = 2 * cfg.n_embd * (cfg.n_layer + 1) * sum(
         len(read) for name in CAPTURED for read, _ in data.splits[name].positions.values())
-    weights = sum(p.numel() for p in model.parameters())
-    print(f"{out}: {weights:,} parameters, {total} steps of {batch} instances on {device}; "
-          f"{len(captures)} captures, {len(captures) * size / 1e6:.0f} MB\n\n"
+    weights = sum(p.numel() for p in step.model.parameters())
+    shared = f", {step.world} processes" if step.world > 1 else ""
+    print(f"{cfg.out}: {weights:,} parameters, {step.total} steps of {step.batch} instances on {device.type}"
+          f"{' in bfloat16' if step.bfloat16 else ''}{shared}; {n_captures} captures, "
+          f"{n_captures * size / 1e6:.0f} MB\n\n"
           "       step  epoch    loss" + "".join(f"{name:>8}" for name in list(data.splits)[1:])
           + "  tokens/s    left", flush=True)
-
-    with hold(out):
-        first, rows, losses, seconds = restore(cfg, out, model, optimizers)
-        write_rows(out / "metrics.jsonl", rows)         # whatever has become of them
-        order, launched = None, time.perf_counter()
-        clock = launched                                # it stops where something else than training is done
-        for step in range(first, total + 1):
-            epoch, i = divmod(step, per_epoch)
-            if step in evaluations and not (rows and rows[-1]["step"] == step):
-                check_finite(model, losses, step)
-                loss = torch.stack(losses).mean().item() if losses else None    # waits for the device
-                seconds += time.perf_counter() - clock
-                rows.append({"step": step, "epoch": step / per_epoch, "loss": loss,
-                             **evaluate(model, data, out, step, step in captures), "seconds": seconds})
-                losses = []
-                record(cfg, out, model, optimizers, step, rows, losses, seconds)
-                print_row(rows[-1], total, step * batch * length / seconds,
-                          (total - step) * (time.perf_counter() - launched) / max(1, step - first))
-                clock = time.perf_counter()
-            if step == total:
-                break
-            if asked:
-                check_finite(model, losses, step)
-                record(cfg, out, model, optimizers, step, rows, losses, seconds + time.perf_counter() - clock)
-                print(f"stopped and saved at step {step}; to go on: python train.py --resume --out {out}")
-                raise KeyboardInterrupt
-            if i == 0 or order is None:
-                generator = make_generator(cfg.seed_of("order"), "order", epoch)
-                order = torch.randperm(len(tokens), generator=generator).to(device)
-            chosen = order[i * batch:(i + 1) * batch]
-            rate = min((step + 1) / max(1, cfg.warmup * total), (total - step) / ((1 - cfg.warmup) * total))
-            for optimizer, peak in zip(optimizers, peaks):
-                optimizer.param_groups[0]["lr"] = rate * peak
-            logits, _ = model(tokens[chosen, :-1])                              # (B, T - 1, V)
-            loss = F.cross_entropy(logits.flatten(0, 1), targets[chosen, 1:].flatten(), ignore_index=-100)
-            loss.backward()
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            losses.append(loss.detach())
-    print(f"done; next: python probe.py {out}")
-    return out
 
 
 def print_row(row: dict, total: int, speed: float, left: float):
@@ -449,6 +605,8 @@ def main():
         asked.append(True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
+    if dist.is_torchelastic_launched():         # one process that stops would leave the others waiting
+        ask = signal.default_int_handler
     before = signal.signal(signal.SIGINT, ask)
     try:
         train(dataclasses.replace(cfg, **given), resume, asked)
