@@ -30,7 +30,7 @@ from train import (CAPTURED, capture_path, captured, make_generator, observe, pi
 
 # ---------------------------------------------------------------- k-means
 
-GROUP = {"cpu": 4_000_000, "cuda": 256_000_000}     # distances at a time: 16 MB fill a cache, 1 GB a GPU
+GROUP = {"cpu": 4_000_000, "cuda": 64_000_000}      # distances at a time: 16 MB fill a cache, 256 MB a GPU
 ROUNDING = 1e-6         # squared distances below this share of the points' variance are taken for 0
 SHORT = 10              # iterations after which only the best start goes on
 FAR = 1e18              # the coordinates of a centroid that no point is to choose
@@ -122,7 +122,7 @@ def _lloyd(x, centroids, max_iter):
     ends = torch.empty_like(centroids)
     problem, own, nearest = torch.arange(P, device=device), torch.zeros_like(labels), x.new_empty(P, I, N)
     group = GROUP[device.type]
-    sums, room = x.new_zeros(P, I, k, C + 2), x.new_empty(max(group, P * I * k))
+    sums, room = x.new_zeros(P, I, k, C + 2), x.new_empty(min(max(group, P * I * k), P * I * k * N))
     number, low = torch.arange(k, dtype=torch.int32, device=device)[:, None], 2 ** (k - 1).bit_length() - 1
     x = _lift(x)
     for iteration in range(max_iter):

@@ -42,7 +42,7 @@ HERE = Path(__file__).parent
 settings.register_profile("all", deadline=None, derandomize=True)
 settings.load_profile("all")
 SMALL = dict(n_tasks=4, n_distributions=2, n_mappings=3, n_inputs=5, n_outputs=6, n_train=12, n_val=6)
-TINY = dict(SMALL, n_layer=2, n_head=2, n_embd=16, epochs=6, batch_size=64, n_captures=6)
+TINY = dict(SMALL, n_layer=2, n_head=2, n_embd=16, epochs=6, batch_size=64, n_captures=6, device="cpu")
 
 
 def cuda(test):
@@ -621,13 +621,27 @@ def test_task_accuracy_is_greedy_decoding(run, tmp_path):
         assert train.observe(net, split, batch=50)[0].sum() == right
 
 
+def stopped_at(n, cfg):
+    """Train until the n-th evaluation, as if Ctrl-C had come in it."""
+    evaluate, calls = train.evaluate, itertools.count(1)
+
+    def stop(*args):
+        if next(calls) == n:
+            raise KeyboardInterrupt
+        return evaluate(*args)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "evaluate", stop)
+        train.train(cfg)
+
+
 def steps_of(device="cpu", **changes):
     """A step, and its network, as `train` makes them."""
     cfg = train.Config(**{**TINY, **changes})
     d = make_dataset(cfg)
     net = train.make_model(cfg, d).to(device)
-    step = train.Step(cfg, d, net, train.make_optimizers(net, cfg))
-    step.begin(0)
+    step = train.Stepper(cfg, d, net, train.make_optimizers(net, cfg))
+    step.shuffle(0)
     return step, net
 
 
@@ -665,7 +679,7 @@ def test_a_step_is_what_a_plain_loop_does(loss_on):
         epoch, i = divmod(at, per_epoch)
         if i == 0:
             order = torch.randperm(len(instances), generator=train.make_generator(0, "order", epoch)).tolist()
-            step.begin(at)
+            step.shuffle(at)
         losses = []
         for n in order[64 * i:64 * (i + 1)]:
             ids = torch.tensor([instances[n]])
@@ -711,7 +725,7 @@ def test_every_step_is_taken_once_whether_run_captured_or_replayed(monkeypatch):
             taken.append("replayed")
 
     @contextlib.contextmanager
-    def looking_on(graph):
+    def looking_on(graph, stream):
         capturing.append(True)
         yield
         capturing.append(False)
@@ -729,10 +743,10 @@ def test_bfloat16_learns_nearly_the_same(run, tmp_path):
     rows = lines(train.train(train.Config(**TINY, precision="bfloat16", out=str(tmp_path / "run")))
                  / "metrics.jsonl")
     losses, exact = ([row["loss"] for row in some[1:]] for some in (rows, lines(run / "metrics.jsonl")))
-    assert losses != exact and np.allclose(losses, exact, atol=0.02)
+    assert losses != exact and np.allclose(losses, exact, atol=2e-3)
 
 
-def test_slow_two_processes_learn_what_one_does_and_one_writes(tmp_path, monkeypatch):
+def test_slow_two_processes_learn_what_one_does_and_one_writes(tmp_path):
     changes = {**TINY, "optimizer": "adamw", "batch_size": 63, "eval_every": 4}     # two halves of 63 differ
 
     def by_two(out, *flags):
@@ -743,16 +757,7 @@ def test_slow_two_processes_learn_what_one_does_and_one_writes(tmp_path, monkeyp
     one = train.train(train.Config(**changes, out=str(tmp_path / "one")))
     said = by_two(tmp_path / "two")
     assert said.count("done; next") == said.count("2 processes") == 1
-    evaluate, calls = train.evaluate, itertools.count(1)
-
-    def stop_at_5(*args):
-        if next(calls) == 5:
-            raise KeyboardInterrupt
-        return evaluate(*args)
-
-    monkeypatch.setattr(train, "evaluate", stop_at_5)
-    with pytest.raises(KeyboardInterrupt):
-        train.train(train.Config(**changes, out=str(tmp_path / "both")))
+    stopped_at(5, train.Config(**changes, out=str(tmp_path / "both")))
     by_two(tmp_path / "both", "--resume")
     weights, rows, states = outcome(one)
     for run in tmp_path / "two", tmp_path / "both":
@@ -769,7 +774,7 @@ def test_cuda_and_cpu_losses_agree_over_20_steps(optimizer, near):
     for at in range(20):
         for step in pairs:
             if at % step.per_epoch == 0:
-                step.begin(at)
+                step.shuffle(at)
             step()
         here, there = (step.take_losses() for step in pairs)
         assert here == pytest.approx(there, abs=near), at
@@ -793,24 +798,29 @@ def test_cuda_graph_does_what_its_step_does_and_waits_for_nothing(optimizer):
     for at in range(12):
         for step, take in (eager, eager), (captured, replayed):
             if at % step.per_epoch == 0:
-                step.begin(at)
-            torch.cuda.set_sync_debug_mode("error" if at > 4 else "default")
-            take()
-            torch.cuda.set_sync_debug_mode("default")
-    assert eager.take_losses() == pytest.approx(captured.take_losses(), abs=1e-2)
+                step.shuffle(at)
+            torch.cuda.set_sync_debug_mode("error" if at > 4 else "default")    # by then it is captured
+            try:
+                take()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+    assert eager.take_losses() == pytest.approx(captured.take_losses(), abs=1e-3)
     assert eager.at.item() == captured.at.item() == 12
-    assert all(torch.allclose(p, q, atol=1e-2) for p, q in zip(net.parameters(), net2.parameters()))
+    assert all(torch.allclose(p, q, atol=1e-3) for p, q in zip(net.parameters(), net2.parameters()))
 
 
 @cuda
-def test_cuda_trains_captures_and_goes_on(run, tmp_path, monkeypatch):
-    cfg = train.Config(**TINY, device="cuda", out=str(tmp_path / "run"))
-    rows = lines(train.train(cfg) / "metrics.jsonl")
-    exact = lines(run / "metrics.jsonl")
-    assert np.allclose([row["loss"] for row in rows[1:]], [row["loss"] for row in exact[1:]], atol=0.05)
-    (tmp_path / "run" / "ckpt.pt").unlink()
-    train.train(cfg, resume=True)
-    probe.probe(tmp_path / "run")
+def test_cuda_trains_captures_and_goes_on_also_where_cpu_stopped(run, tmp_path):
+    losses = [row["loss"] for row in lines(run / "metrics.jsonl")[1:]]
+    whole = train.train(train.Config(**{**TINY, "device": "cuda", "out": str(tmp_path / "whole")}))
+    assert np.allclose([row["loss"] for row in lines(whole / "metrics.jsonl")[1:]], losses, atol=5e-3)
+    probe.probe(whole)
+    for first, then in ("cuda", "cuda"), ("cpu", "cuda"), ("cuda", "cpu"):
+        cfg = train.Config(**{**TINY, "device": first, "out": str(tmp_path / (first + then))})
+        stopped_at(5, cfg)
+        train.train(dataclasses.replace(cfg, device=then), resume=True)
+        rows = lines(tmp_path / (first + then) / "metrics.jsonl")
+        assert np.allclose([row["loss"] for row in rows[1:]], losses, atol=5e-3)
 
 
 def outcome(run):
@@ -845,18 +855,9 @@ def test_resuming_keeps_the_tasks_the_run_began_with(tmp_path, dataset):
     assert equal(before[0], after[0]) and before[1:] == after[1:]
 
 
-def test_a_resumed_run_equals_one_never_stopped(run, tmp_path, monkeypatch):
+def test_a_resumed_run_equals_one_never_stopped(run, tmp_path):
     cfg = train.Config(**TINY, out=str(tmp_path / "stopped"))
-    evaluate, calls = train.evaluate, itertools.count(1)
-
-    def stop_at_4(*args):
-        if next(calls) == 4:
-            raise KeyboardInterrupt
-        return evaluate(*args)
-
-    monkeypatch.setattr(train, "evaluate", stop_at_4)
-    with pytest.raises(KeyboardInterrupt):
-        train.train(cfg)
+    stopped_at(4, cfg)
     stopped = outcome(train.train(cfg, resume=True))
     weights, rows, states = outcome(run)
     assert equal(weights, stopped[0]) and rows == stopped[1] and states == stopped[2]
@@ -1156,6 +1157,7 @@ def test_kmeans_and_knn_in_small_pieces_give_the_same(monkeypatch):
 def test_cuda_finds_the_clusters_and_neighbours_that_cpu_finds(monkeypatch):
     x = torch.randn(3, 500, 8, generator=torch.Generator().manual_seed(0))
     x[..., :3] += 9 * torch.randint(2, (3, 500, 3), generator=torch.Generator().manual_seed(1))
+    x = (8 * x).round()                                     # so that all distances are exact
     monkeypatch.setitem(probe.GROUP, "cuda", 5000)          # in pieces
     labels, centroids, inertia = (a.cpu() for a in probe.kmeans(x.to("cuda"), 8))
     labels2, centroids2, inertia2 = probe.kmeans(x, 8)

@@ -231,9 +231,12 @@ def restore(cfg: Config, out: Path, model: GPT, optimizers: list[torch.optim.Opt
         saved = torch.load(out / "ckpt.pt", map_location=model.token.weight.device, weights_only=True)
         model.load_state_dict(saved["model"])
         for optimizer, state in zip(optimizers, saved["optimizers"]):
+            if "param_groups" in state:
+                raise ValueError("it is of an older train.py")
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         step, rows, losses, seconds = (saved[key] for key in ("step", "rows", "losses", "seconds"))
-        changed = [key for key, x in vars(cfg).items() if key != "out" and saved["config"].get(key, x) != x]
+        changed = [key for key, x in vars(cfg).items()
+                   if key not in ("out", "device") and saved["config"].get(key, x) != x]
         lost = sorted({*saved["captures"]} - {*captured(out)})
         if changed or lost:
             raise ValueError(f"config.json has another {', '.join(changed)}" if changed else
@@ -288,7 +291,8 @@ def prepare(cfg: Config, resume: bool, data: Dataset | None) -> tuple[Dataset, t
     cfg.check()
     out = Path(cfg.out)
     if resume:
-        changed = [key for key, x in vars(read_config(out)).items() if x != vars(cfg)[key] and key != "out"]
+        changed = [key for key, x in vars(read_config(out)).items()
+                   if key not in ("out", "device") and x != vars(cfg)[key]]
         if changed:
             raise ValueError(f"{out} was begun with another {', '.join(changed)}: leave that out to go on, "
                              "or choose another --out")
@@ -309,22 +313,25 @@ def observe(model: GPT, split: Split, batch: int = 512) -> tuple[np.ndarray, dic
     each of its tokens and the <eos> after it is the likeliest next token given the true ones before it: one
     forward pass tells.
     """
-    device = model.token.weight.device
+    device, cfg = model.token.weight.device, model.cfg
     tokens, is_output = (torch.from_numpy(x).to(device) for x in (split.tokens, split.is_output))
-    right, states = [], {    # in pinned memory, into which a GPU copies while it goes on computing
-        position: torch.empty(model.cfg.n_layer + 1, len(rows), model.cfg.n_embd, dtype=torch.float16,
-                              pin_memory=device.type == "cuda")
-        for position, (rows, _) in split.positions.items()}
+    places = {name: torch.from_numpy(np.stack(at)).to(device)           # (2, n)
+              for name, at in split.positions.items()}
+    # a GPU copies into pinned memory while it goes on computing
+    states = {name: torch.empty(cfg.n_layer + 1, at.shape[1], cfg.n_embd, dtype=torch.float16,
+                                pin_memory=device.type == "cuda") for name, at in places.items()}
+    right = []
     for start in range(0, len(tokens), batch):
         some = slice(start, start + batch)
         logits, layers = model(tokens[some, :-1])                       # (B, T, V), L + 1 times (B, T, C)
         right.append(~((logits.argmax(-1) != tokens[some, 1:]) & is_output[some, 1:]).any(1))
-        for position, (rows, columns) in split.positions.items():
+        for name, (rows, _) in split.positions.items():
             mine = slice(*np.searchsorted(rows, (start, start + batch)))
-            for kept, x in zip(states[position], layers):
-                kept[mine].copy_(x[rows[mine] - start, columns[mine]].half(), non_blocking=True)
+            row, column = places[name][:, mine]
+            for kept, x in zip(states[name], layers):
+                kept[mine].copy_(x[row - start, column].half(), non_blocking=True)
     right = torch.cat(right).cpu().numpy()                              # waits for the copies, too
-    return right, {position: x.numpy() for position, x in states.items()}
+    return right, {name: x.numpy() for name, x in states.items()}
 
 
 def evaluate(model: GPT, data: Dataset, out: Path, step: int, keep: bool) -> dict[str, float]:
@@ -391,7 +398,7 @@ def orthogonal(x: torch.Tensor) -> torch.Tensor:
 
 
 def make_optimizers(model: GPT, cfg: Config) -> list[torch.optim.Optimizer]:
-    """AdamW, and Muon for the blocks' matrices. Their rates are tensors, which `Step` sets."""
+    """AdamW, and Muon for the blocks' matrices. Their rates are tensors, which `Stepper` sets."""
     muon = [p for p in model.blocks.parameters() if p.dim() == 2] if cfg.optimizer == "muon" else []
     rest = [p for p in model.parameters() if all(p is not q for q in muon)]
     cuda = model.token.weight.is_cuda       # where AdamW's kernel wants its rate in single precision
@@ -401,46 +408,51 @@ def make_optimizers(model: GPT, cfg: Config) -> list[torch.optim.Optimizer]:
     return [adamw, Muon(muon, rates[1], cfg.weight_decay)] if muon else [adamw]
 
 
-class Step:
-    """A training step: batch, forward, backward, schedule, optimisers.
+class Stepper:
+    """Takes a training step whenever it is called: batch, forward, backward, schedule, optimisers.
 
     All it needs is on the device, even which step it is, and it asks the host nothing, so that a GPU is never
-    waited for. Where torchrun started several processes, each takes its share of every batch.
+    waited for. Where torchrun started several processes, each takes its share of every batch. Raises
+    ValueError if there are more processes than instances in a batch.
     """
 
     def __init__(self, cfg: Config, data: Dataset, model: GPT, optimizers: list[torch.optim.Optimizer]):
-        self.cfg, self.model, self.net, self.optimizers = cfg, model, model, optimizers
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        if self.world > 1:
-            self.net = torch.nn.parallel.DistributedDataParallel(model)     # averages the gradients
+        self.cfg, self.model, self.optimizers = cfg, model, optimizers
         device, split = model.token.weight.device, data.splits["train"]
         self.bfloat16 = cfg.precision == "bfloat16" or cfg.precision == "auto" and device.type == "cuda"
         scored = split.is_output if cfg.loss_on == "answer" else split.tokens != 0      # 0 is <pad>
         self.tokens = torch.from_numpy(split.tokens).to(device)                         # (N, T)
         self.targets = torch.from_numpy(np.where(scored, split.tokens, -100)).to(device)    # -100: not scored
         self.batch = min(cfg.batch_size, len(self.tokens))
-        self.per_epoch = len(self.tokens) // self.batch      # the rest waits for another epoch's order
+        self.per_epoch = len(self.tokens) // self.batch         # the rest waits for another epoch's order
         self.total = cfg.steps or cfg.epochs * self.per_epoch
         self.order = torch.zeros(len(self.tokens), dtype=torch.int64, device=device)
         self.in_batch = torch.arange(self.batch, device=device)
-        self.at = torch.zeros((), dtype=torch.float64, device=device)                   # the step to come
-        self.losses = torch.zeros_like(self.at)                                         # their sum
+        self.at = torch.zeros((), dtype=torch.float64, device=device)   # the step to come, in doubles
+        self.losses = torch.zeros_like(self.at)                         # their sum
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if self.batch < self.world:
+            raise ValueError(f"{self.world} processes cannot share {self.batch} instances: start fewer")
+        # what is called, in place of the model: DDP averages the gradients over the processes
+        self.net = torch.nn.parallel.DistributedDataParallel(model) if self.world > 1 else model
 
-    def begin(self, at: int):
-        """Set the step to come and its epoch's order; whoever counts on calls this for every epoch."""
+    def shuffle(self, at: int):
+        """Set the step to come and the order of its epoch: call it at the start of every epoch."""
         generator = make_generator(self.cfg.seed_of("order"), "order", at // self.per_epoch)
         order = torch.randperm(len(self.order), generator=generator, pin_memory=self.order.is_cuda)
         self.order.copy_(order, non_blocking=True)
         self.at.fill_(at)
 
     def __call__(self):
+        """Take the step `at`, and add its mean loss over the scored tokens of the batch to `losses`."""
         chosen = self.order[(self.at % self.per_epoch).long() * self.batch + self.in_batch]     # (B,)
         mine = chosen[self.rank::self.world]
         with torch.autocast(self.at.device.type, torch.bfloat16, enabled=self.bfloat16):
             logits, _ = self.net(self.tokens[mine, :-1])                                # (B, T - 1, V)
         loss = F.cross_entropy(logits.float().flatten(0, 1), self.targets[mine, 1:].flatten(),
                                ignore_index=-100, reduction="sum")
-        loss = loss * self.world / (self.targets[chosen, 1:] != -100).sum()     # their mean is that of all
+        # divided by the tokens of the whole batch, and by DDP by the processes
+        loss = loss * self.world / (self.targets[chosen, 1:] != -100).sum()
         loss.backward()
         warmup = self.cfg.warmup
         rate = torch.minimum((self.at + 1) / max(1, warmup * self.total),
@@ -456,15 +468,15 @@ class Step:
         """The sum of the losses since this was last called; waits for the device, and for other processes."""
         if self.world > 1:
             dist.all_reduce(self.losses)
-        losses = self.losses.item() / self.world
+        losses = self.losses.item() / self.world        # each has been multiplied by it
         self.losses.zero_()
         return losses
 
 
 def replayed(step):
-    """A step for CUDA that costs one launch: captured as a graph, then replayed.
+    """The same as step, a function, for CUDA, but a single launch: captured as a graph and then replayed.
 
-    The first three times it runs as it is, in which libraries set themselves up, on a stream of its own.
+    The first three times it runs as it is, in which libraries set themselves up, on the stream of capture.
     """
     calls, graph, stream = itertools.count(), torch.cuda.CUDAGraph(), torch.cuda.Stream()
 
@@ -475,11 +487,11 @@ def replayed(step):
             with torch.cuda.stream(stream):
                 step()
             torch.cuda.current_stream().wait_stream(stream)
-            return
-        if call == 3:
-            with torch.cuda.graph(graph):       # this does nothing but look on
-                step()
-        graph.replay()
+        else:
+            if call == 3:
+                with torch.cuda.graph(graph, stream=stream):    # records, runs nothing
+                    step()
+            graph.replay()
     return once
 
 
@@ -496,11 +508,10 @@ def processes(device: torch.device):
     if not dist.is_torchelastic_launched():
         yield
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    cuda = device.type == "cuda"
+    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    yield
+    dist.destroy_process_group()        # not after an error: it would wait for the others
 
 
 def train(cfg: Config, resume: bool = False, asked: list = (), data: Dataset | None = None) -> Path:
@@ -517,73 +528,73 @@ def train(cfg: Config, resume: bool = False, asked: list = (), data: Dataset | N
     if cfg.start and not (out / "ckpt.pt").exists():
         begin_with(cfg.start, model, data)
     with processes(device):
-        step = Step(cfg, data, model, make_optimizers(model, cfg))
-        if step.rank == 0 and not resume:
+        stepper = Stepper(cfg, data, model, make_optimizers(model, cfg))
+        if stepper.rank == 0 and not resume:
             begin(cfg, data, device)
-        with hold(out) if step.rank == 0 else contextlib.redirect_stdout(None):     # one process writes
-            go_on(step, data, out, asked)
+        with hold(out) if stepper.rank == 0 else contextlib.redirect_stdout(None):      # one process writes
+            go_on(stepper, data, out, asked)
     return out
 
 
-def go_on(step: Step, data: Dataset, out: Path, asked: list):
+def go_on(stepper: Stepper, data: Dataset, out: Path, asked: list):
     """Take the steps that a run still lacks, and evaluate, capture and record on the way; for `train`."""
-    cfg, model, optimizers, total = step.cfg, step.model, step.optimizers, step.total
+    cfg, model, optimizers, total = stepper.cfg, stepper.model, stepper.optimizers, stepper.total
     captures = capture_steps(total, cfg.n_captures)
     evaluations = {*range(0, total, cfg.eval_every or total), *captures}
-    print_header(step, data, len(captures))
+    print_header(stepper, data, len(captures))
     first, rows, losses, seconds = restore(cfg, out, model, optimizers)
-    if step.rank == 0:
+    if stepper.rank == 0:
         write_rows(out / "metrics.jsonl", rows)         # whatever has become of them
-    if step.world > 1:
+    if stepper.world > 1:
         dist.barrier()                                  # all have read before one writes
-    step.losses.fill_(losses)
-    length = (step.tokens != 0).sum().item() / len(step.tokens)     # tokens an instance
-    on_cuda = step.at.is_cuda and step.world == 1       # processes have more to wait for than launches
-    take = replayed(step) if on_cuda else step
-    launched = clock = time.perf_counter()              # it stops where something else than training is done
+    stepper.losses.fill_(losses)
+    length = (stepper.tokens != 0).sum().item() / len(stepper.tokens)       # tokens an instance
+    # with several processes, which wait for each other anyway, nothing is captured
+    step = replayed(stepper) if stepper.at.is_cuda and stepper.world == 1 else stepper
+    launched = clock = time.perf_counter()              # the clock stops while it is not training
     for at in range(first, total + 1):
         if at in evaluations and not (rows and rows[-1]["step"] == at):
-            losses = step.take_losses()
+            losses = stepper.take_losses()
             check_finite(model, losses, at)
             seconds += time.perf_counter() - clock
-            if step.rank == 0:
+            if stepper.rank == 0:
                 loss = losses / (at - rows[-1]["step"]) if rows else None
-                rows.append({"step": at, "epoch": at / step.per_epoch, "loss": loss,
+                rows.append({"step": at, "epoch": at / stepper.per_epoch, "loss": loss,
                              **evaluate(model, data, out, at, at in captures), "seconds": seconds})
                 record(cfg, out, model, optimizers, at, rows, 0.0, seconds)
-                print_row(rows[-1], total, at * step.batch * length / seconds,
+                print_row(rows[-1], total, at * stepper.batch * length / seconds,
                           (total - at) * (time.perf_counter() - launched) / max(1, at - first))
             clock = time.perf_counter()
         if at == total:
             break
         if asked:
-            losses = step.take_losses()
+            losses = stepper.take_losses()
             check_finite(model, losses, at)
             record(cfg, out, model, optimizers, at, rows, losses, seconds + time.perf_counter() - clock)
             print(f"stopped and saved at step {at}; to go on: python train.py --resume --out {out}")
             raise KeyboardInterrupt
-        if at == first or at % step.per_epoch == 0:
-            step.begin(at)
-        take()
+        if at == first or at % stepper.per_epoch == 0:
+            stepper.shuffle(at)
+        step()
     print(f"done; next: python probe.py {out}")
 
 
-def print_header(step: Step, data: Dataset, n_captures: int):
+def print_header(stepper: Stepper, data: Dataset, n_captures: int):
     """What is about to be trained, and the columns of `print_row`."""
-    cfg, device = step.cfg, step.at.device
+    cfg, device = stepper.cfg, stepper.at.device
     size = 2 * cfg.n_embd * (cfg.n_layer + 1) * sum(
         len(read) for name in CAPTURED for read, _ in data.splits[name].positions.values())
-    weights = sum(p.numel() for p in step.model.parameters())
-    shared = f", {step.world} processes" if step.world > 1 else ""
-    print(f"{cfg.out}: {weights:,} parameters, {step.total} steps of {step.batch} instances on {device.type}"
-          f"{' in bfloat16' if step.bfloat16 else ''}{shared}; {n_captures} captures, "
+    weights = sum(p.numel() for p in stepper.model.parameters())
+    shared = f", {stepper.world} processes" if stepper.world > 1 else ""
+    print(f"{cfg.out}: {weights:,} parameters, {stepper.total} steps of {stepper.batch} instances on "
+          f"{device.type}{' in bfloat16' if stepper.bfloat16 else ''}{shared}; {n_captures} captures, "
           f"{n_captures * size / 1e6:.0f} MB\n\n"
           "       step  epoch    loss" + "".join(f"{name:>8}" for name in list(data.splits)[1:])
           + "  tokens/s    left", flush=True)
 
 
 def print_row(row: dict, total: int, speed: float, left: float):
-    """One line an evaluation, under the header that `train` prints."""
+    """One line an evaluation, under `print_header`."""
     loss = "-" if row["loss"] is None else f"{row['loss']:.3f}"
     accuracies = "".join(f"{value:8.3f}" for key, value in row.items() if key.startswith("acc_"))
     print(f"{row['step']:5}/{total:<5}{row['epoch']:7.1f}{loss:>8}{accuracies}{speed:10,.0f}{left:7.0f}s",
@@ -605,9 +616,9 @@ def main():
         asked.append(True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    if dist.is_torchelastic_launched():         # one process that stops would leave the others waiting
-        ask = signal.default_int_handler
-    before = signal.signal(signal.SIGINT, ask)
+    # of several processes, one that stopped after its step would leave the others waiting
+    alone = not dist.is_torchelastic_launched()
+    before = signal.signal(signal.SIGINT, ask if alone else signal.default_int_handler)
     try:
         train(dataclasses.replace(cfg, **given), resume, asked)
     except OSError as e:
