@@ -30,10 +30,11 @@ apply: .venv/made   ## what clusters are good for: pre-training and alignment, t
 	$(PY) apply.py align
 
 test: .venv/made    ## run the tests
-	$(PY) -m pytest -q -o markers="cuda: needs a GPU" test_all.py
+	$(PY) -m pytest -q test_all.py
 
 clean:           ## remove .venv, caches and the runs made by this file
-	rm -rf .venv .pytest_cache .hypothesis __pycache__ runs/default runs/quick runs/shuffled runs/facts runs/pretrain runs/align
+	rm -rf .venv .pytest_cache .hypothesis __pycache__ \
+		runs/default runs/quick runs/shuffled runs/facts runs/pretrain runs/align
 
 .venv/made: requirements.txt
 	$(PYTHON) -m venv .venv

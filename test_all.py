@@ -43,12 +43,7 @@ settings.register_profile("all", deadline=None, derandomize=True)
 settings.load_profile("all")
 SMALL = dict(n_tasks=4, n_distributions=2, n_mappings=3, n_inputs=5, n_outputs=6, n_train=12, n_val=6)
 TINY = dict(SMALL, n_layer=2, n_head=2, n_embd=16, epochs=6, batch_size=64, n_captures=6, device="cpu")
-
-
-def cuda(test):
-    """Mark a test that needs a GPU."""
-    needs = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-    return pytest.mark.cuda(needs(test))
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 @pytest.fixture
@@ -640,7 +635,7 @@ def steps_of(device="cpu", **changes):
     cfg = train.Config(**{**TINY, **changes})
     d = make_dataset(cfg)
     net = train.make_model(cfg, d).to(device)
-    step = train.Stepper(cfg, d, net, train.make_optimizers(net, cfg))
+    step = train.Stepper(cfg, d, net)
     step.shuffle(0)
     return step, net
 
@@ -697,7 +692,7 @@ def test_a_step_is_what_a_plain_loop_does(loss_on):
     assert all(torch.allclose(p, q, atol=1e-4) for p, q in zip(net.parameters(), plain.parameters()))
 
 
-def test_a_step_asks_the_host_for_nothing():
+def test_nothing_of_a_step_is_read_back_to_the_host():
     questions = "_local_scalar_dense", "equal", "nonzero", "is_nonzero", "masked_select", "unique"
 
     class Listening(TorchDispatchMode):
@@ -713,7 +708,7 @@ def test_a_step_asks_the_host_for_nothing():
         assert any(asked) == asks and len(asked) > 1
 
 
-def test_every_step_is_taken_once_whether_run_captured_or_replayed(monkeypatch):
+def test_every_step_is_taken_once_whether_run_recorded_or_replayed(monkeypatch):
     taken, capturing, aside = [], [], contextlib.nullcontext()
     aside.wait_stream = lambda other: None
     monkeypatch.setattr(torch.cuda, "Stream", lambda: aside)
@@ -799,7 +794,7 @@ def test_cuda_graph_does_what_its_step_does_and_waits_for_nothing(optimizer):
         for step, take in (eager, eager), (captured, replayed):
             if at % step.per_epoch == 0:
                 step.shuffle(at)
-            torch.cuda.set_sync_debug_mode("error" if at > 4 else "default")    # by then it is captured
+            torch.cuda.set_sync_debug_mode("error" if at > 4 else "default")    # by then it is recorded
             try:
                 take()
             finally:

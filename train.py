@@ -61,10 +61,11 @@ class Config(DataConfig):
     muon_lr: float = knob(0.02, "peak learning rate of Muon")
     weight_decay: float = knob(0.1, "decoupled weight decay of both")
     warmup: float = knob(0.1, "share of the steps in which the rate rises, before it falls to 0", most=0.99)
-    precision: str = knob("auto", "of a step's products: float32, bfloat16 (weights stay float32), or auto, "
-                          "which is bfloat16 on cuda", choices=("auto", "float32", "bfloat16"))
+    precision: str = knob("auto", "of a training step's products: float32, bfloat16 (weights stay float32), "
+                          "or auto, which is bfloat16 on cuda", choices=("auto", "float32", "bfloat16"))
     n_captures: int = knob(20, "how often the states are kept, about")
-    eval_every: int = knob(0, "steps between evaluations besides those at captures; 0: no others", least=0)
+    eval_every: int = knob(0, "steps between evaluations, with a checkpoint each, besides those at captures; "
+                           "0: no others", least=0)
     init_seed: int = knob(-1, "of the initial weights, if not --seed", least=-1, most=2 ** 63)
     order_seed: int = knob(-1, "of the order of the instances, if not --seed", least=-1, most=2 ** 63)
     device: str = knob("auto", "cpu, cuda, or auto: cuda if there is one", choices=("auto", "cpu", "cuda"))
@@ -76,7 +77,7 @@ PRESETS = {
     "default": {},
     "facts": dict(tasks="facts.json", out="runs/facts", n_val=6, epochs=15, n_captures=14),
     "large": dict(out="runs/large", n_tasks=512, n_distributions=4, n_inputs=64, n_outputs=256, n_val=5,
-                  n_layer=8, n_head=8, n_embd=256, batch_size=1024, epochs=10, n_captures=12),
+                  n_layer=8, n_head=8, n_embd=256, batch_size=1024, epochs=10, n_captures=12, eval_every=100),
 }
 
 
@@ -100,7 +101,8 @@ def pick_device(wanted: str = "auto") -> torch.device:
         return torch.device("cpu")
     number, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if number >= there:
-        raise ValueError(f"there is no CUDA device {number} here, but {there}: use --device cpu")
+        raise ValueError(f"CUDA device {number} is wanted, {there} are here: use --device cpu"
+                         + ", or start fewer processes" * (number > 0))
     torch.cuda.set_device(number)
     return torch.device("cuda", number)
 
@@ -112,7 +114,7 @@ def read_config(run: str | Path) -> Config:
     """The configuration of a run folder. Raises ValueError if it is not one."""
     try:
         stored = json.loads((Path(run) / "config.json").read_text(encoding="utf-8"))
-        stored["versions"]      # a knob that came after the run has its default; this one every run has
+        stored["versions"]      # every run has it; a knob that came after the run has its default
         return Config(**{key.name: stored.get(key.name, key.default) for key in dataclasses.fields(Config)})
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise ValueError(f"{run} is not a run folder, make one with train.py (config.json: {e!r})") from None
@@ -194,7 +196,7 @@ def begin(cfg: Config, data: Dataset, device: torch.device):
     aside = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     about = {**vars(cfg), "data": digest(data), "runs_on": str(device), "threads": torch.get_num_threads(),
-             "versions": versions}
+             "processes": processes()[1], "versions": versions}
     shutil.rmtree(aside, ignore_errors=True)
     try:
         (aside / "states").mkdir(parents=True)
@@ -217,7 +219,7 @@ def hold(out: Path):
 
 
 def restore(cfg: Config, out: Path, model: GPT, optimizers: list[torch.optim.Optimizer]):
-    """Set model and optimisers to a run's checkpoint; return its step, metrics, losses since, and seconds.
+    """Set model and optimisers to a run's checkpoint; return its step, metrics, sum of losses, and seconds.
 
     That is 0, [], 0.0, 0.0 if there is none. Raises ValueError for a checkpoint that is damaged, or is of
     another configuration.
@@ -247,13 +249,12 @@ def restore(cfg: Config, out: Path, model: GPT, optimizers: list[torch.optim.Opt
     return step, rows, losses, seconds
 
 
-def record(cfg: Config, out: Path, model: GPT, optimizers: list[torch.optim.Optimizer], step: int,
-           rows: list[dict], losses: float, seconds: float):
+def record(stepper: "Stepper", out: Path, step: int, rows: list[dict], losses: float, seconds: float):
     """Write a checkpoint, all that `restore` gives back, and the metrics so far."""
     buffer = io.BytesIO()
-    torch.save({"step": step, "rows": rows, "losses": losses, "seconds": seconds,
-                "captures": captured(out), "config": vars(cfg), "model": model.state_dict(),
-                "optimizers": [optimizer.state_dict()["state"] for optimizer in optimizers]}, buffer)
+    torch.save({"step": step, "rows": rows, "losses": losses, "seconds": seconds, "captures": captured(out),
+                "config": vars(stepper.cfg), "model": stepper.model.state_dict(),
+                "optimizers": [optimizer.state_dict()["state"] for optimizer in stepper.optimizers]}, buffer)
     write(out / "ckpt.pt", buffer.getvalue())
     write_rows(out / "metrics.jsonl", rows)
 
@@ -356,8 +357,8 @@ def make_model(cfg: Config, data: Dataset) -> GPT:
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) for matrices: a mean of the gradients, made orthogonal, is the update.
 
-    It does what torch.optim.Muon does, in a third of the time on CPU, as matrices of one shape go together,
-    and takes its rate from a tensor on the device, as a CUDA graph must.
+    It does what torch.optim.Muon does, but sooner, as matrices of one shape go together, and takes its rate
+    from a tensor on the device, as a CUDA graph must.
     """
 
     def __init__(self, params, lr: torch.Tensor, weight_decay: float, momentum: float = 0.95):
@@ -383,7 +384,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(x: torch.Tensor) -> torch.Tensor:
-    """Matrices (..., m, n) -> the same with singular values brought near 1 (0.7 to 1.2), in bfloat16.
+    """Matrices (..., m, n) -> the same with singular values brought near 1 (0.5 to 1.5), in bfloat16.
 
     Five steps of a quintic Newton-Schulz iteration, with the coefficients of Jordan et al.: it takes products
     alone, no decomposition.
@@ -398,26 +399,27 @@ def orthogonal(x: torch.Tensor) -> torch.Tensor:
 
 
 def make_optimizers(model: GPT, cfg: Config) -> list[torch.optim.Optimizer]:
-    """AdamW, and Muon for the blocks' matrices. Their rates are tensors, which `Stepper` sets."""
+    """AdamW, then Muon for the blocks' matrices. Their rates are tensors, which `Stepper` sets."""
     muon = [p for p in model.blocks.parameters() if p.dim() == 2] if cfg.optimizer == "muon" else []
     rest = [p for p in model.parameters() if all(p is not q for q in muon)]
-    cuda = model.token.weight.is_cuda       # where AdamW's kernel wants its rate in single precision
-    rates = torch.zeros(2, dtype=torch.float32 if cuda else torch.float64, device=model.token.weight.device)
-    adamw = torch.optim.AdamW(rest, rates[0], betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True,
+    device, cuda = model.token.weight.device, model.token.weight.is_cuda
+    # AdamW's kernel for CUDA wants its rate in single precision
+    rate = torch.zeros((), dtype=torch.float32 if cuda else torch.float64, device=device)
+    adamw = torch.optim.AdamW(rest, rate, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True,
                               capturable=cuda)
-    return [adamw, Muon(muon, rates[1], cfg.weight_decay)] if muon else [adamw]
+    return [adamw, Muon(muon, rate.clone(), cfg.weight_decay)] if muon else [adamw]
 
 
 class Stepper:
     """Takes a training step whenever it is called: batch, forward, backward, schedule, optimisers.
 
-    All it needs is on the device, even which step it is, and it asks the host nothing, so that a GPU is never
-    waited for. Where torchrun started several processes, each takes its share of every batch. Raises
+    All it needs is on the device, even which step it is, and nothing is read back, so that the host can go
+    ahead of a GPU. Where torchrun started several processes, each takes its share of every batch. Raises
     ValueError if there are more processes than instances in a batch.
     """
 
-    def __init__(self, cfg: Config, data: Dataset, model: GPT, optimizers: list[torch.optim.Optimizer]):
-        self.cfg, self.model, self.optimizers = cfg, model, optimizers
+    def __init__(self, cfg: Config, data: Dataset, model: GPT):
+        self.cfg, self.model, self.optimizers = cfg, model, make_optimizers(model, cfg)
         device, split = model.token.weight.device, data.splits["train"]
         self.bfloat16 = cfg.precision == "bfloat16" or cfg.precision == "auto" and device.type == "cuda"
         scored = split.is_output if cfg.loss_on == "answer" else split.tokens != 0      # 0 is <pad>
@@ -428,16 +430,16 @@ class Stepper:
         self.total = cfg.steps or cfg.epochs * self.per_epoch
         self.order = torch.zeros(len(self.tokens), dtype=torch.int64, device=device)
         self.in_batch = torch.arange(self.batch, device=device)
-        self.at = torch.zeros((), dtype=torch.float64, device=device)   # the step to come, in doubles
+        self.at = torch.zeros((), dtype=torch.float64, device=device)   # the step to come
         self.losses = torch.zeros_like(self.at)                         # their sum
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.rank, self.world = processes()
         if self.batch < self.world:
             raise ValueError(f"{self.world} processes cannot share {self.batch} instances: start fewer")
         # what is called, in place of the model: DDP averages the gradients over the processes
         self.net = torch.nn.parallel.DistributedDataParallel(model) if self.world > 1 else model
 
     def shuffle(self, at: int):
-        """Set the step to come and the order of its epoch: call it at the start of every epoch."""
+        """Set the step to come and the order of its epoch: call it at first, and whenever an epoch begins."""
         generator = make_generator(self.cfg.seed_of("order"), "order", at // self.per_epoch)
         order = torch.randperm(len(self.order), generator=generator, pin_memory=self.order.is_cuda)
         self.order.copy_(order, non_blocking=True)
@@ -465,22 +467,35 @@ class Stepper:
         self.at += 1
 
     def take_losses(self) -> float:
-        """The sum of the losses since this was last called; waits for the device, and for other processes."""
+        """The sum of the losses since this was last called; waits for the device, and for other processes.
+
+        Raises ValueError if it or a weight is nan or infinite.
+        """
         if self.world > 1:
             dist.all_reduce(self.losses)
         losses = self.losses.item() / self.world        # each has been multiplied by it
         self.losses.zero_()
+        if not (math.isfinite(losses) and all(x.isfinite().all() for x in self.model.parameters())):
+            raise ValueError(f"the loss or a weight is nan or infinite by step {self.at.item():.0f}: "
+                             "begin another --out with a lower --lr or --muon-lr (the last good checkpoint "
+                             "is kept)")
         return losses
 
 
-def replayed(step):
-    """The same as step, a function, for CUDA, but a single launch: captured as a graph and then replayed.
+def processes() -> tuple[int, int]:
+    """The number of this process, from 0, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
-    The first three times it runs as it is, in which libraries set themselves up, on the stream of capture.
+
+def replayed(step):
+    """A function for CUDA that does what step does, in one launch.
+
+    The first three calls run it, in which libraries set themselves up; the next records it as a CUDA graph;
+    this is replayed then and ever after.
     """
     calls, graph, stream = itertools.count(), torch.cuda.CUDAGraph(), torch.cuda.Stream()
 
-    def once():
+    def take():
         call = next(calls)
         if call < 3:
             stream.wait_stream(torch.cuda.current_stream())
@@ -492,26 +507,7 @@ def replayed(step):
                 with torch.cuda.graph(graph, stream=stream):    # records, runs nothing
                     step()
             graph.replay()
-    return once
-
-
-def check_finite(model: GPT, losses: float, step: int):
-    """Raises ValueError if a loss or a weight is nan or infinite."""
-    if not (math.isfinite(losses) and all(x.isfinite().all() for x in model.parameters())):
-        raise ValueError(f"the loss or a weight is nan or infinite by step {step}: begin another --out "
-                         "with a lower --lr or --muon-lr (the last good checkpoint is kept)")
-
-
-@contextlib.contextmanager
-def processes(device: torch.device):
-    """Join the processes that torchrun has started, if it has."""
-    if not dist.is_torchelastic_launched():
-        yield
-        return
-    cuda = device.type == "cuda"
-    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
-    yield
-    dist.destroy_process_group()        # not after an error: it would wait for the others
+    return take
 
 
 def train(cfg: Config, resume: bool = False, asked: list = (), data: Dataset | None = None) -> Path:
@@ -519,61 +515,63 @@ def train(cfg: Config, resume: bool = False, asked: list = (), data: Dataset | N
 
     `data`, if given, is taught in place of what cfg describes (splits train, subset, val, ood, and any more);
     whoever goes on with the run or reads it gives it again. Once `asked` is not empty, the run is saved and
-    KeyboardInterrupt raised. Raises ValueError for a loss that is not finite, and, with nothing written, for
-    a configuration that cannot be or a folder in the way.
+    KeyboardInterrupt raised, if this is the only process. Raises ValueError for a loss that is not finite,
+    and, with nothing written, for a configuration that cannot be or a folder in the way.
     """
     data, device = prepare(cfg, resume, data)
     out = Path(cfg.out)
     model = make_model(cfg, data).to(device)
     if cfg.start and not (out / "ckpt.pt").exists():
         begin_with(cfg.start, model, data)
-    with processes(device):
-        stepper = Stepper(cfg, data, model, make_optimizers(model, cfg))
-        if stepper.rank == 0 and not resume:
-            begin(cfg, data, device)
-        with hold(out) if stepper.rank == 0 else contextlib.redirect_stdout(None):      # one process writes
-            go_on(stepper, data, out, asked)
+    several, cuda = dist.is_torchelastic_launched(), device.type == "cuda"
+    if several:
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    stepper = Stepper(cfg, data, model)
+    if stepper.rank == 0 and not resume:
+        begin(cfg, data, device)
+    with hold(out) if stepper.rank == 0 else contextlib.redirect_stdout(None):      # one writes and prints
+        loop(stepper, data, out, asked)
+    if several:
+        dist.destroy_process_group()        # not after an error: it would wait for the others
     return out
 
 
-def go_on(stepper: Stepper, data: Dataset, out: Path, asked: list):
+def loop(stepper: Stepper, data: Dataset, out: Path, asked: list):
     """Take the steps that a run still lacks, and evaluate, capture and record on the way; for `train`."""
-    cfg, model, optimizers, total = stepper.cfg, stepper.model, stepper.optimizers, stepper.total
+    cfg, total, per_epoch = stepper.cfg, stepper.total, stepper.per_epoch
     captures = capture_steps(total, cfg.n_captures)
-    evaluations = {*range(0, total, cfg.eval_every or total), *captures}
     print_header(stepper, data, len(captures))
-    first, rows, losses, seconds = restore(cfg, out, model, optimizers)
-    if stepper.rank == 0:
-        write_rows(out / "metrics.jsonl", rows)         # whatever has become of them
+    first, rows, losses, seconds = restore(cfg, out, stepper.model, stepper.optimizers)
     if stepper.world > 1:
         dist.barrier()                                  # all have read before one writes
+    if stepper.rank == 0:
+        write_rows(out / "metrics.jsonl", rows)         # whatever has become of them
+    due = {*range(0, total, cfg.eval_every or total), *captures} - {row["step"] for row in rows}
     stepper.losses.fill_(losses)
     length = (stepper.tokens != 0).sum().item() / len(stepper.tokens)       # tokens an instance
-    # with several processes, which wait for each other anyway, nothing is captured
+    # a graph that spans processes is more than `replayed` sets up
     step = replayed(stepper) if stepper.at.is_cuda and stepper.world == 1 else stepper
     launched = clock = time.perf_counter()              # the clock stops while it is not training
     for at in range(first, total + 1):
-        if at in evaluations and not (rows and rows[-1]["step"] == at):
+        if at in due:
             losses = stepper.take_losses()
-            check_finite(model, losses, at)
             seconds += time.perf_counter() - clock
             if stepper.rank == 0:
                 loss = losses / (at - rows[-1]["step"]) if rows else None
-                rows.append({"step": at, "epoch": at / stepper.per_epoch, "loss": loss,
-                             **evaluate(model, data, out, at, at in captures), "seconds": seconds})
-                record(cfg, out, model, optimizers, at, rows, 0.0, seconds)
-                print_row(rows[-1], total, at * stepper.batch * length / seconds,
-                          (total - at) * (time.perf_counter() - launched) / max(1, at - first))
+                rows.append({"step": at, "epoch": at / per_epoch, "loss": loss,
+                             **evaluate(stepper.model, data, out, at, at in captures), "seconds": seconds})
+                record(stepper, out, at, rows, 0.0, seconds)
+                left = (total - at) * (time.perf_counter() - launched) / (at - first) if at > first else None
+                print_row(rows[-1], total, at * stepper.batch * length / seconds, left)
             clock = time.perf_counter()
         if at == total:
             break
-        if asked:
+        if asked and stepper.world == 1:
             losses = stepper.take_losses()
-            check_finite(model, losses, at)
-            record(cfg, out, model, optimizers, at, rows, losses, seconds + time.perf_counter() - clock)
+            record(stepper, out, at, rows, losses, seconds + time.perf_counter() - clock)
             print(f"stopped and saved at step {at}; to go on: python train.py --resume --out {out}")
             raise KeyboardInterrupt
-        if at == first or at % stepper.per_epoch == 0:
+        if at == first or at % per_epoch == 0:
             stepper.shuffle(at)
         step()
     print(f"done; next: python probe.py {out}")
@@ -593,12 +591,12 @@ def print_header(stepper: Stepper, data: Dataset, n_captures: int):
           + "  tokens/s    left", flush=True)
 
 
-def print_row(row: dict, total: int, speed: float, left: float):
+def print_row(row: dict, total: int, speed: float, left: float | None):
     """One line an evaluation, under `print_header`."""
     loss = "-" if row["loss"] is None else f"{row['loss']:.3f}"
     accuracies = "".join(f"{value:8.3f}" for key, value in row.items() if key.startswith("acc_"))
-    print(f"{row['step']:5}/{total:<5}{row['epoch']:7.1f}{loss:>8}{accuracies}{speed:10,.0f}{left:7.0f}s",
-          flush=True)
+    print(f"{row['step']:5}/{total:<5}{row['epoch']:7.1f}{loss:>8}{accuracies}{speed:10,.0f}"
+          + (f"{'-':>8}" if left is None else f"{left:7.0f}s"), flush=True)
 
 
 def main():
