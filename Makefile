@@ -29,6 +29,11 @@ apply: .venv/made   ## what clusters are good for: pre-training and alignment, t
 	$(PY) apply.py pretrain
 	$(PY) apply.py align
 
+figures: .venv/draws ## draw what the above have left in runs/ (installs matplotlib)
+	for found in $(wildcard runs/*/probe.jsonl runs/*/apply.jsonl); do \
+		$(PY) plot.py $$(dirname $$found) || exit; done
+	$(if $(wildcard runs/pretrain),$(PY) plot.py runs/pretrain/seed*/task_id --out runs/pretrain/task_id)
+
 test: .venv/made    ## run the tests
 	$(PY) -m pytest -q test_all.py
 
@@ -41,5 +46,9 @@ clean:           ## remove .venv, caches and the runs made by this file
 	$(PY) -m pip install --quiet --requirement requirements.txt
 	touch $@
 
+.venv/draws: .venv/made
+	$(PY) -m pip install --quiet matplotlib==3.11.2
+	touch $@
+
 .DEFAULT_GOAL := help
-.PHONY: help train probe control quick facts apply test clean
+.PHONY: help train probe control quick facts apply figures test clean

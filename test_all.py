@@ -34,6 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import apply
 import data
 import model
+import plot
 import probe
 import train
 from data import DataConfig, Regex, make_dataset
@@ -44,6 +45,7 @@ settings.load_profile("all")
 SMALL = dict(n_tasks=4, n_distributions=2, n_mappings=3, n_inputs=5, n_outputs=6, n_train=12, n_val=6)
 TINY = dict(SMALL, n_layer=2, n_head=2, n_embd=16, epochs=6, batch_size=64, n_captures=6, device="cpu")
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+drawn = pytest.mark.skipif(plot.plt is None, reason="needs matplotlib, which make figures installs")
 
 
 @pytest.fixture
@@ -1739,6 +1741,84 @@ def test_joined_is_the_distance_between_unwanted_tasks_over_that_between_others(
             (inside if case.unwanted[i] and case.unwanted[j] else others).append((a - b).norm())
         assert told["merge_ratio"] == pytest.approx(np.mean(inside) / np.mean(others), abs=1e-5)
         assert (told["f1"] == 1) == together and all((row["seed"], row["step"]) == (7, 9) for row in rows)
+
+
+# ---------------------------------------------------------------- figures
+
+
+def drawn_lines(ax):
+    """label -> (x, y) of the lines of a plot."""
+    return {l.get_label(): (l.get_xdata(), l.get_ydata()) for l in ax.get_lines()}
+
+
+def test_without_matplotlib_plot_says_what_to_do(run, monkeypatch, capsys):
+    monkeypatch.setattr(plot, "plt", None)
+    assert exit_status(plot, run) == 2 and not (run / "figures").exists()
+    assert capsys.readouterr().err == "error: matplotlib is missing: make figures installs it\n"
+
+
+@drawn
+def test_lines_are_means_and_bands_are_students_intervals():
+    ax = plot.plt.figure().subplots()
+    values = np.array([[1, 5], [2, 5], [3, 5], [4, 5], [5, 5]], float)
+    plot.line(ax, [0, 1], values, color="black", label="five")
+    # a table of t gives 2.776 for 4 degrees of freedom; the deviation of 1 to 5 is the root of 2.5
+    half = 2.776 * math.sqrt(2.5 / 5)
+    assert drawn_lines(ax)["five"][1].tolist() == [3, 5]
+    edges = ax.collections[0].get_paths()[0].vertices[:, 1]
+    assert edges.min() == pytest.approx(3 - half, abs=0.01) and edges.max() == pytest.approx(5)
+    few = plot.plt.figure().subplots()
+    plot.line(few, [0, 1], values[:3], color="black")       # too few for a band: each is shown
+    assert sorted(l.get_ydata()[0] for l in few.get_lines()) == [1, 2, 2, 3] and not few.collections
+    plot.plt.close("all")
+
+
+@drawn
+def test_figures_show_the_numbers_of_the_files(run, tmp_path):
+    here = Path(shutil.copytree(run, tmp_path / "run"))
+    rows = probe.probe(here)
+    curves = {name: fig for draw in (plot.draw_training, plot.draw_measures) for name, fig in draw([here])}
+    metrics = lines(here / "metrics.jsonl")
+    steps, accuracy = drawn_lines(curves["training"].axes[1])["val"]
+    assert list(steps) == [row["step"] for row in metrics]
+    assert list(accuracy) == [row["acc_val"] for row in metrics]
+    assert {*curves} == {"training"} | {row["measure"] for row in rows}
+    for measure in "f1", "nc1", "knn_output":
+        for ax in curves[measure].axes:
+            identity, position, split = re.fullmatch(r"(\w+), at `(\w+)`, (\w+)", ax.get_title()).groups()
+            for layer in range(3):
+                shown = {row["step"]: row["value"] for row in rows if (
+                    row["measure"], row["identity"], row["position"], row["split"], row["layer"]) == (
+                    measure, identity, position, split, layer)}
+                x, y = drawn_lines(ax)[f"layer {layer}"]
+                assert np.allclose([shown[step] or math.nan for step in x], y, equal_nan=True)
+                assert list(x) == sorted(shown)
+    plot.plt.close("all")
+
+
+def figures_of(folder, out):
+    """The names of what plot.py draws of a folder, by its command line."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["plot.py", str(folder), "--out", str(out)])
+        plot.main()
+    kinds = {kind: {path.stem for path in out.glob(f"*.{kind}")} for kind in ("png", "svg")}
+    assert kinds["png"] == kinds["svg"] and all(path.stat().st_size > 1000 for path in out.iterdir())
+    return kinds["png"]
+
+
+@drawn
+def test_plot_draws_all_of_a_run(run, tmp_path):
+    here = Path(shutil.copytree(run, tmp_path / "run"))
+    probe.probe(here), probe.patch(here)
+    assert figures_of(here, tmp_path / "out") == {
+        "data", "training", "film_instruction", "film_answer", "events", "patch",
+        *probe.MEASURES, *probe.LOWER, "knn_share", "knn_task", "knn_output"}
+
+
+@drawn
+def test_slow_plot_draws_a_demo(demo, tmp_path):
+    name, out, *_ = demo
+    assert figures_of(out, tmp_path) == {name}
 
 
 # ---------------------------------------------------------------- bad input
