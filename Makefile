@@ -29,10 +29,11 @@ apply: .venv/made   ## what clusters are good for: pre-training and alignment, t
 	$(PY) apply.py pretrain
 	$(PY) apply.py align
 
+TOLD_TASKS = $(wildcard runs/pretrain/seed*/task_id)
 figures: .venv/draws ## draw what the above have left in runs/ (installs matplotlib)
 	for found in $(wildcard runs/*/probe.jsonl runs/*/apply.jsonl); do \
 		$(PY) plot.py $$(dirname $$found) || exit; done
-	$(if $(wildcard runs/pretrain),$(PY) plot.py runs/pretrain/seed*/task_id --out runs/pretrain/task_id)
+	$(if $(TOLD_TASKS),$(PY) plot.py $(TOLD_TASKS) --out runs/pretrain/task_id)
 
 test: .venv/made    ## run the tests
 	$(PY) -m pytest -q test_all.py
