@@ -29,18 +29,42 @@ apply: .venv/made   ## what clusters are good for: pre-training and alignment, t
 	$(PY) apply.py pretrain
 	$(PY) apply.py align
 
-TOLD_TASKS = $(wildcard runs/pretrain/seed*/task_id)
-figures: .venv/draws ## draw what the above have left in runs/ (installs matplotlib)
-	for found in $(wildcard runs/*/probe.jsonl runs/*/apply.jsonl); do \
-		$(PY) plot.py $$(dirname $$found) || exit; done
-	$(if $(TOLD_TASKS),$(PY) plot.py $(TOLD_TASKS) --out runs/pretrain/task_id)
+SEEDS := 0 1 2 3 4
+STUDIES := default shuffled answer same-inputs same-inputs-answer facts facts-shuffled
+# $(call study,NAME,FLAGS): five seeds of a run; its figures, and the numbers that README quotes, in results/NAME
+define study
+	for seed in $(SEEDS); do run=runs/$(1)-$$seed; \
+		$(PY) train.py $(2) --seed $$seed --out $$run $$(test ! -e $$run || echo --resume) || exit; \
+		test -e $$run/probe.jsonl || $(PY) probe.py $$run $(3) || exit; \
+		test -e $$run/patch.jsonl || $(PY) probe.py $$run --patch || exit; done
+	$(PY) plot.py $(SEEDS:%=runs/$(1)-%) --out results/$(1)
+endef
+
+seeds: .venv/draws  ## five seeds of the default run, for means and bands: README's main numbers and figures
+	$(call study,default,,--view raw centred standardised)
+
+results: seeds   ## everything else that README tells: five seeds of all it compares, in two hours
+	$(call study,shuffled,--shuffle-tasks)
+	$(call study,answer,--loss-on answer)
+	$(call study,same-inputs,--n-inputs 5)
+	$(call study,same-inputs-answer,--n-inputs 5 --loss-on answer)
+	$(call study,facts,--preset facts)
+	$(call study,facts-shuffled,--preset facts --shuffle-tasks)
+	for demo in pretrain align; do $(PY) apply.py $$demo --seeds $(SEEDS) || exit; \
+		$(PY) plot.py runs/$$demo --out results/$$demo || exit; done
+	$(PY) plot.py $(SEEDS:%=runs/pretrain/seed%/task_id) --out results/task_id
+
+FOUND = $(patsubst %/,%,$(dir $(wildcard runs/*/probe.jsonl runs/*/apply.jsonl)))
+figures: .venv/draws ## draw what is in runs/, but for the seeds (installs matplotlib)
+	for run in $(filter-out $(SEEDS:%=\%-%),$(FOUND)); do $(PY) plot.py $$run || exit; done
 
 test: .venv/made    ## run the tests
 	$(PY) -m pytest -q test_all.py
 
 clean:           ## remove .venv, caches and the runs made by this file
 	rm -rf .venv .pytest_cache .hypothesis __pycache__ \
-		runs/default runs/quick runs/shuffled runs/facts runs/pretrain runs/align
+		runs/default runs/quick runs/shuffled runs/facts runs/pretrain runs/align \
+		$(foreach study,$(STUDIES),$(SEEDS:%=runs/$(study)-%))
 
 .venv/made: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -52,4 +76,4 @@ clean:           ## remove .venv, caches and the runs made by this file
 	touch $@
 
 .DEFAULT_GOAL := help
-.PHONY: help train probe control quick facts apply figures test clean
+.PHONY: help train probe control quick facts apply seeds results figures test clean

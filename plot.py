@@ -6,12 +6,14 @@
     python plot.py runs/pretrain              a demo of apply.py
 
 Drawn are rows of metrics.jsonl, probe.jsonl, patch.jsonl and apply.jsonl, and for the film strip captures.
-Colours are those of Okabe & Ito (2008), which the colour-blind tell apart; layers go from yellow, the
-embedding, to dark blue, the top.
+Of several seeds, numbers.csv tells each one's. Colours are those of Okabe & Ito (2008), which the
+colour-blind tell apart; layers go from yellow, the embedding, to dark blue, the top.
 """
+import csv
+import io
 import math
 import random
-from itertools import cycle, product
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -24,15 +26,16 @@ try:
 except ImportError:                 # main says so
     plt = None
 
-from data import Flags, Regex, command_line
-from probe import LOWER, load, onset
+from data import Flags, Regex, command_line, write
+from probe import LOWER, emergence, load
 from train import captured, read_config, read_data, read_rows
 
 STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
          "legend.frameon": False, "svg.hashsalt": "0", "svg.fonttype": "none", "savefig.dpi": 130,
          "figure.constrained_layout.use": True}
+MARKERS = "osD^vPX"
 LOOKS = [dict(color=color, marker=marker, ms=4) for color, marker in zip(
-    ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"), "osD^vPX")]
+    ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"), MARKERS)]
 T_95 = {5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}      # of Student's t with n - 1 degrees
 TITLES = {"f1": "pairwise F1", "matched_f1": "matched F1", "bcubed_f1": "BCubed F1", "nmi": "NMI",
           "ami": "AMI", "ari": "adjusted Rand index", "nc1": "NC1 (0: collapsed)",
@@ -40,19 +43,54 @@ TITLES = {"f1": "pairwise F1", "matched_f1": "matched F1", "bcubed_f1": "BCubed 
           "knn_share": "share of 10 neighbours\nwith the same task",
           "knn_task": "majority of 10 neighbours\nhas the task",
           "knn_output": "majority of 10 neighbours\nhas the output"}
+NUMBERS = "value", "null_95", "regrouped_95"
+ABOUT = ("measure", "strategy", "n_train", "arm", "b", "position", "identity", "split", "view", "patch",
+         "layer", "step")
+
+
+def merge(seeds: list[list[dict]]) -> list[dict]:
+    """The rows that all seeds have, in one: keys of ABOUT, and for each of NUMBERS a list, a place a seed."""
+    merged = {}
+    for row in (row for rows in seeds for row in rows):
+        values = {row["measure"]: row["value"]} if "measure" in row else {
+            key: row[key] for key in row if key in ("loss", "donor", "right") or key.startswith("acc_")}
+        for measure, value in values.items():
+            whole = {**row, "measure": measure, "value": value}
+            key = tuple((key, whole[key]) for key in ABOUT if key in whole)
+            merged.setdefault(key, []).append([whole.get(number) for number in NUMBERS])
+    return [{**dict(key), **dict(zip(NUMBERS, map(list, zip(*found))))}
+            for key, found in merged.items() if len(found) == len(seeds)]
+
+
+def select(rows: list[dict], x: str, number: str = "value", **where) -> tuple[list, np.ndarray]:
+    """x (n,) and a number (seeds, n), in order of x, of the merged rows that are about this."""
+    found = {row[x]: row[number] for row in rows
+             if x in row and all(row.get(key) == value for key, value in where.items())}
+    return sorted(found), np.array([found[at] for at in sorted(found)], float).T
+
+
+def write_numbers(path: Path, rows: list[dict], seeds: list[int]):
+    """Write merged rows as a table, a column a seed; nulls are means.
+
+    Of probe's rows those that README needs, since all would fill megabytes: pairwise F1 through training, the
+    other measures at both ends.
+    """
+    text, last = io.StringIO(), max(row["step"] for row in rows if "step" in row)
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow([*ABOUT, *NUMBERS[1:], *(f"seed {seed}" for seed in seeds)])
+    for row in rows:
+        f1, raw = row["measure"] == "f1", row.get("view", "raw") == "raw"
+        if "split" not in row or f1 and raw and row["split"] != "ood" or (
+                (f1 or raw) and row["split"] != "subset" and row["step"] in (0, last)):
+            nulls = (None if None in row[null] else np.mean(row[null]) for null in NUMBERS[1:])
+            table.writerow([*map(row.get, ABOUT), *("" if x is None else f"{x:.4g}"
+                                                    for x in (*nulls, *row["value"]))])
+    write(path, text.getvalue())
 
 
 def shade(layer: int, n: int):
     """The look of a layer, 0 to n - 1."""
     return dict(color=plt.cm.viridis(0.95 - 0.95 * layer / max(1, n - 1)))
-
-
-def select(runs: list[list[dict]], x: str, y: str = "value", **where) -> tuple[list, np.ndarray]:
-    """The x (n,) that all runs have, and each run's y there (runs, n), of the rows with these values."""
-    found = [{row[x]: row[y] for row in rows if all(row.get(key) == value for key, value in where.items())}
-             for rows in runs]
-    both = sorted(set.intersection(*map(set, found)))
-    return both, np.array([[math.nan if of[at] is None else of[at] for at in both] for of in found], float)
 
 
 def line(ax, x, values, **look):
@@ -76,14 +114,14 @@ def over_steps(ax, last: int):
 
 
 # ---------------------------------------------------------------- figures of runs
-# Each takes run folders that differ in their seeds, and yields names and figures.
+# Each yields names and figures: of merged rows, or of what the first run has seen.
 
 
-def draw_data(runs):
+def draw_data(run):
     """Figure 1: the first task, how it is said and what it maps; and what every task maps to what."""
-    data, max_len, rng = read_data(runs[0]), read_config(runs[0]).max_len, random.Random(0)
+    data, max_len, rng = read_data(run), read_config(run).max_len, random.Random(0)
     task, inputs = data.tasks[0], sorted({i for task in data.tasks for i in task.map})
-    fig, (left, right) = plt.subplots(1, 2, figsize=(12, 5), width_ratios=(1, 1))
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4.8), width_ratios=(0.8, 1))
     text = []
     for m, pattern in enumerate((*task.distributions, task.held_out)):
         name = f"regex {m}, taught" if m < len(task.distributions) else "held out: never taught (ood)"
@@ -109,41 +147,42 @@ def draw_data(runs):
     yield "data", fig
 
 
-def draw_training(runs):
+def draw_training(metrics):
     """Figure 3: loss and accuracies."""
-    rows = [read_rows(run / "metrics.jsonl", "step", "loss", "acc_val") for run in runs]
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
-    line(left, *select([some[1:] for some in rows], "step", "loss"), color="black")     # step 0 has no loss
+    steps, loss = select(metrics, "step", measure="loss")
+    line(left, steps[1:], loss[:, 1:], color="black")               # step 0 has no loss
     left.set(ylabel="nats a token", title="Training loss", ylim=(0, None))
-    for key, look in zip((key for key in rows[0][0] if key.startswith("acc_")), LOOKS):
-        line(right, *select(rows, "step", key), label=key[4:], **look)
+    for measure, look in zip(dict.fromkeys(row["measure"] for row in metrics[1:]), LOOKS):
+        if measure.startswith("acc_"):
+            line(right, *select(metrics, "step", measure=measure), label=measure[4:], **look)
     right.set(ylabel="share of instances answered right", title="Task accuracy", ylim=(-0.02, 1.02))
     right.legend()
     for ax in left, right:
-        over_steps(ax, rows[0][-1]["step"])
+        over_steps(ax, steps[-1])
     yield "training", fig
 
 
-def draw_measures(runs):
-    """Figures 2 and 4, and the like for every measure: a row a split, a column a position and identity."""
-    probed = [[row for row in read_rows(run / "probe.jsonl", "view", "value") if row["view"] == "raw"
-               and row["position"] != "surface"] for run in runs]
-    layers, steps = (sorted({row[key] for row in probed[0]}) for key in ("layer", "step"))
-    for measure in dict.fromkeys(row["measure"] for row in probed[0]):
-        mine = [[row for row in rows if row["measure"] == measure] for rows in probed]
-        splits = [split for split in dict.fromkeys(row["split"] for row in mine[0])
+def draw_measures(rows):
+    """Figures 2 and 4, and the like for every measure and position: a row a split, a column an identity."""
+    rows = [row for row in rows if row["view"] == "raw" and row["position"] != "surface"]
+    layers, steps = (sorted({row[key] for row in rows}) for key in ("layer", "step"))
+    for measure, position in dict.fromkeys((row["measure"], row["position"]) for row in rows):
+        here = dict(measure=measure, position=position)
+        mine = [row for row in rows if here.items() <= row.items()]
+        splits = [split for split in dict.fromkeys(row["split"] for row in mine)
                   if split != "ood" or measure.startswith("knn")]       # there a task has one regex only
-        columns = list(dict.fromkeys((row["position"], row["identity"]) for row in mine[0]))
-        fig, axes = plt.subplots(len(splits), len(columns), sharey=True, sharex=True, squeeze=False,
-                                 figsize=(2 + 2.4 * len(columns), 0.6 + 2 * len(splits)))
-        for ax, (split, (position, identity)) in zip(axes.flat, product(splits, columns)):
-            where = dict(split=split, position=position, identity=identity)
+        identities = list(dict.fromkeys(row["identity"] for row in mine))
+        fig, axes = plt.subplots(len(splits), len(identities), sharey=True, sharex=True, squeeze=False,
+                                 figsize=(2 + 2.6 * len(identities), 0.6 + 2 * len(splits)))
+        for ax, (split, identity) in zip(axes.flat, product(splits, identities)):
+            where = dict(here, split=split, identity=identity)
             for layer in layers:
                 line(ax, *select(mine, "step", layer=layer, **where), label=f"layer {layer}",
                      **shade(layer, len(layers)))
-            for column, grey, null in (("regrouped_95", "0.88", "regexes\nregrouped"),
+            for number, grey, null in (("regrouped_95", "0.88", "regexes\nregrouped"),
                                        ("null_95", "0.75", "labels\npermuted")):
-                edge = np.array([select(mine, "step", column, layer=layer, **where)[1].mean(0)
+                edge = np.array([select(mine, "step", number, layer=layer, **where)[1].mean(0)
                                  for layer in layers])
                 if not np.isnan(edge).all():        # of the layers' nulls, the one that is hardest to beat
                     best, far = (np.nanmin, 99) if measure in LOWER else (np.nanmax, 0)
@@ -156,21 +195,54 @@ def draw_measures(runs):
         for ax in axes[:, 0]:
             ax.set_ylabel(TITLES.get(measure, measure))
         fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
-        yield measure, fig
+        yield f"{measure}_{position}", fig
 
 
-def draw_film(runs):
+def draw_events(rows, metrics):
+    """What comes first, the cluster or the answer? A bar a seed, one over the other."""
+    rows = [row for row in rows if (row["view"], row["measure"], row["split"]) == ("raw", "f1", "val")
+            and row["position"] != "surface"]
+    kinds, n = list(dict.fromkeys((row["position"], row["identity"]) for row in rows)), 1 + max(
+        row["layer"] for row in rows)
+    fig, ax = plt.subplots(figsize=(8, 1 + 0.45 * len(kinds)))
+    for (y, (position, identity)), layer in product(enumerate(kinds), range(n)):
+        where = dict(position=position, identity=identity, layer=layer)
+        steps, values = select(rows, "step", **where)
+        nulls = select(rows, "step", "regrouped_95" if identity == "task" else "null_95", **where)[1]
+        height = y + 0.7 * (layer + 0.5) / n - 0.35
+        for since_near in map(emergence, [steps] * len(values), values, nulls):
+            if since_near:
+                ax.plot(since_near, [height] * 2, marker="|", ms=6, lw=2.5, alpha=1 / len(values) ** 0.5,
+                        solid_capstyle="butt", **shade(layer, n))
+    for layer in range(n):
+        ax.plot([], [], label=f"layer {layer}", **shade(layer, n))
+    steps, accuracies = select(metrics, "step", measure="acc_val")
+    for level, dashes in (0.5, ":"), (0.9, "--"):
+        label = f"val accuracy over {level}"
+        for accuracy in accuracies:
+            for step in [step for step, x in zip(steps, accuracy) if x > level][:1]:
+                ax.axvline(step, color="black", ls=dashes, lw=0.8, label=label)
+                label = None
+    ax.set_yticks(range(len(kinds)), [f"{identity}, at `{position}`" for position, identity in kinds])
+    ax.set(ylim=(len(kinds) - 0.5, -0.5), title="Pairwise F1, val: from the step since which it is beyond "
+           "its null to the first at 90 % of its end")
+    over_steps(ax, steps[-1])
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    yield "events", fig
+
+
+def draw_film(run):
     """States of val, layer by capture: on the first two principal components of the layer's last capture."""
-    data, steps = read_data(runs[0]), captured(runs[0])
-    rows = read_rows(runs[0] / "metrics.jsonl", "step", "acc_val")
+    data, steps = read_data(run), captured(run)
+    rows = read_rows(run / "metrics.jsonl", "step", "acc_val")
     accuracy = {row["step"]: row["acc_val"] for row in rows}
-    shown = [steps[i] for i in np.linspace(0, len(steps) - 1, min(6, len(steps))).round().astype(int)]
+    shown = sorted({min(steps, key=lambda step: abs(step - even)) for even in np.linspace(0, steps[-1], 6)})
     for position in data.splits["val"].positions:
         ids = data.splits["val"].labels(position)
         task, some = ids["task"], np.random.default_rng(0).permutation(len(ids["task"]))[:500]
         regex = np.array([np.unique(ids["distribution"][task == t]).searchsorted(d)
                           for t, d in zip(task[some], ids["distribution"][some])])
-        states = load(runs[0], shown, "val", position, len(task)).float()               # (S, L + 1, n, C)
+        states = load(run, shown, "val", position, len(task)).float()               # (S, L + 1, n, C)
         states -= states.mean(2, keepdim=True)
         S, L = states.shape[:2]
         fig, axes = plt.subplots(L, S, squeeze=False, figsize=(1.8 * S, 1.8 * L + 0.5))
@@ -182,7 +254,7 @@ def draw_film(runs):
                 for r in range(regex.max() + 1):
                     of = some[regex == r]
                     ax.scatter(*points[of].T, c=task[of], cmap="turbo", vmin=0, vmax=task.max(), s=8, lw=0,
-                               marker="osD^vPX"[r % 7])
+                               marker=MARKERS[r % 7], rasterized=True)
                 ax.set(xticks=[], yticks=[], xlim=(-reach, reach), ylim=(-reach, reach))
                 ax.spines[:].set_visible(True)
                 if layer == 0:
@@ -195,46 +267,16 @@ def draw_film(runs):
         yield f"film_{position}", fig
 
 
-def draw_events(runs):
-    """What comes first, the cluster or the answer?"""
-    rows = [row for row in read_rows(runs[0] / "probe.jsonl", "view", "value") if row["position"] != "surface"
-            and (row["view"], row["measure"], row["split"]) == ("raw", "f1", "val")]
-    metrics = read_rows(runs[0] / "metrics.jsonl", "step", "acc_val")
-    kinds = list(dict.fromkeys((row["position"], row["identity"]) for row in rows))
-    n = 1 + max(row["layer"] for row in rows)
-    fig, ax = plt.subplots(figsize=(8, 1 + 0.45 * len(kinds)))
-    for (y, (position, identity)), layer in product(enumerate(kinds), range(n)):
-        where = dict(position=position, identity=identity, layer=layer)
-        steps, [values] = select([rows], "step", **where)
-        [null] = select([rows], "step", "regrouped_95" if identity == "task" else "null_95", **where)[1]
-        since = onset(steps, values > null)
-        if since is not None:
-            near = max(since, steps[np.argmax(values >= 0.9 * values[-1])])
-            height = y + 0.7 * (layer + 0.5) / n - 0.35
-            ax.plot([since, near], [height, height], marker="|", lw=2, **shade(layer, n))
-    for layer in range(n):
-        ax.plot([], [], label=f"layer {layer}", **shade(layer, n))
-    for level, dashes in (0.5, ":"), (0.9, "--"):
-        for step in [row["step"] for row in metrics if row["acc_val"] > level][:1]:
-            ax.axvline(step, color="black", ls=dashes, lw=1, label=f"val accuracy over {level}")
-    ax.set_yticks(range(len(kinds)), [f"{identity}, at `{position}`" for position, identity in kinds])
-    ax.set(ylim=(len(kinds) - 0.5, -0.5), title="Pairwise F1, val: from the step since which it is beyond "
-           "its null to the first at 90 % of its end")
-    over_steps(ax, metrics[-1]["step"])
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    yield "events", fig
-
-
-def draw_patch(runs):
+def draw_patch(rows):
     """Are the clusters used? What is answered if a state is exchanged."""
-    rows = [read_rows(run / "patch.jsonl", "layer", "donor") for run in runs]
-    positions = list(dict.fromkeys(row["position"] for row in rows[0]))
+    positions = list(dict.fromkeys(row["position"] for row in rows))
     fig, axes = plt.subplots(2, len(positions), figsize=(3.4 * len(positions), 5), sharex=True, sharey=True)
     shares = {"donor": "answers the donor's output", "right": "still answers right"}
     for ax, (share, position) in zip(axes.flat, product(shares, positions)):
-        patches = dict.fromkeys(row["patch"] for row in rows[0] if row["position"] == position)
-        for patch, look in zip(patches, cycle(LOOKS)):
-            line(ax, *select(rows, "layer", share, position=position, patch=patch), label=patch, **look)
+        patches = dict.fromkeys(row["patch"] for row in rows if row["position"] == position)
+        for patch, look in zip(patches, LOOKS):
+            where = dict(measure=share, position=position, patch=patch)
+            line(ax, *select(rows, "layer", **where), label=patch, **look)
         ax.set(title=f"exchanged at `{position}`", xlabel="layer", ylim=(-0.03, 1.03), ylabel=shares[share])
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.label_outer()
@@ -244,16 +286,15 @@ def draw_patch(runs):
 
 
 # ---------------------------------------------------------------- figures of demos
-# Each takes the rows of apply.jsonl, a list for each seed.
 
 
-def draw_pretrain(seeds):
+def draw_pretrain(rows):
     """Figure 5b: how soon the tasks are learnt, by what was learnt before."""
-    sizes, strategies = (list(dict.fromkeys(row[key] for row in seeds[0])) for key in ("n_train", "strategy"))
+    sizes, strategies = (list(dict.fromkeys(row[key] for row in rows)) for key in ("n_train", "strategy"))
     fig, axes = plt.subplots(1, len(sizes), figsize=(4.5 * len(sizes), 3.6), sharey=True)
     for ax, n in zip(axes, sizes):
         for strategy, look in zip(strategies, LOOKS):
-            curve = select(seeds, "step", measure="acc_val", strategy=strategy, n_train=n)
+            curve = select(rows, "step", measure="acc_val", strategy=strategy, n_train=n)
             line(ax, *curve, label=strategy, **look)
         ax.set(xlabel="step of learning the tasks", title=f"{n} training instructions a regex")
     axes[0].set_ylim(-0.02, 1.02)
@@ -262,18 +303,18 @@ def draw_pretrain(seeds):
     yield "pretrain", fig
 
 
-def draw_align(seeds):
+def draw_align(rows):
     """What is refused and what kept, by the number of labels."""
     titles = {"refused_labelled": "refused: unwanted,\nof the labelled regex (val)",
               "refused_other": "refused: unwanted,\nof its other regexes (val)",
               "refused_ood": "refused: unwanted,\nof an unseen regex (ood)",
               "refused_wanted": "refused though wanted\n(val)",
               "accuracy": "wanted and answered right\n(val)"}
-    arms = [arm for arm in dict.fromkeys(row["arm"] for row in seeds[0]) if arm != "base"]
+    arms = [arm for arm in dict.fromkeys(row["arm"] for row in rows) if arm != "base"]
     fig, axes = plt.subplots(1, len(titles), figsize=(2.4 * len(titles), 3.6), sharey=True)
     for ax, (measure, title) in zip(axes, titles.items()):
         for arm, look in zip(arms, LOOKS):
-            budgets, values = select(seeds, "b", measure=measure, arm=arm)
+            budgets, values = select(rows, "b", measure=measure, arm=arm)
             line(ax, budgets, values, label=arm, **look)
         ax.set_xscale("log", base=2)
         ax.set_xticks(budgets, map(str, budgets))
@@ -284,9 +325,6 @@ def draw_align(seeds):
 
 
 # ---------------------------------------------------------------- all of them
-
-NEEDED = {draw_data: "tasks.json", draw_training: "metrics.jsonl", draw_measures: "probe.jsonl",
-          draw_film: "states/labels.npz", draw_events: "probe.jsonl", draw_patch: "patch.jsonl"}
 
 
 def save(figures, out: Path, what: str, seeds: list[int]):
@@ -311,20 +349,33 @@ def main():
     if plt is None:
         raise ValueError("matplotlib is missing: make figures installs it")
     runs, out = given.runs, given.out or given.runs[0] / "figures"
-    with plt.rc_context(STYLE):
-        if (runs[0] / "apply.jsonl").exists():
-            rows = read_rows(runs[0] / "apply.jsonl", "seed", "measure", "value")
-            seeds = list(dict.fromkeys(row["seed"] for row in rows))
-            draw = draw_align if "arm" in rows[0] else draw_pretrain
-            by_seed = [[row for row in rows if row["seed"] == seed] for seed in seeds]
-            return save(draw(by_seed), out, f"apply.py {draw.__name__[5:]}", seeds)
+    plt.rcParams.update(STYLE)
+    if (runs[0] / "apply.jsonl").exists():
+        rows = read_rows(runs[0] / "apply.jsonl", "seed", "measure", "value")
+        seeds, draw = list(dict.fromkeys(row["seed"] for row in rows)), draw_pretrain
+        if "arm" in rows[0]:
+            draw = draw_align
+        rows = merge([[row for row in rows if row["seed"] == seed] for seed in seeds])
+        save(draw(rows), out, f"apply.py {draw.__name__[5:]}", seeds)
+    else:
         cfg, seeds = read_config(runs[0]), [read_config(run).seed for run in runs]
         tasks = cfg.tasks or f"{cfg.n_tasks} tasks of {cfg.n_distributions} regexes"
         what = f"{tasks}, {cfg.n_layer} blocks of width {cfg.n_embd}, {cfg.optimizer}, loss on {cfg.loss_on}"
-        for draw, needs in NEEDED.items():
-            if all((run / needs).exists() for run in runs):
-                one = draw in (draw_data, draw_film, draw_events)       # these show the first run alone
-                save(draw(runs), out, what, seeds[:1] if one else seeds)
+        metrics, probed, patched = (
+            merge([read_rows(run / name, "step" if name == "metrics.jsonl" else "position") for run in runs])
+            if all((run / name).exists() for run in runs) else []
+            for name in ("metrics.jsonl", "probe.jsonl", "patch.jsonl"))
+        rows = metrics + probed + patched
+        save(draw_data(runs[0]), out, what, seeds[:1])
+        save(draw_film(runs[0]), out, what, seeds[:1])
+        save(draw_training(metrics), out, what, seeds)
+        if probed:
+            save(draw_measures(probed), out, what, seeds)
+            save(draw_events(probed, metrics), out, what, seeds)
+        if patched:
+            save(draw_patch(patched), out, what, seeds)
+    if len(seeds) > 1:
+        write_numbers(out / "numbers.csv", rows, seeds)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import functools
 import itertools
 import math
 import random
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -559,28 +560,33 @@ def probe(run: str | Path, views=("raw",)) -> list[dict]:
     return rows
 
 
-def onset(steps: list[int], holds: list[bool]) -> int | None:
-    """The first step from which on it holds, for good; None if it does not hold at the last."""
-    since = None
-    for step, yes in zip(steps, holds):
-        since = None if not yes else step if since is None else since
-    return since
+def emergence(steps: list[int], values, null) -> tuple[int, int] | None:
+    """The first step from which on values are beyond null for good, and the first from there on at which they
+    are at 90 % of their end. None if they are not beyond null at the end."""
+    beyond = [x > bound for x, bound in zip(values, null)]
+    since = len(beyond) - beyond[::-1].index(False) if False in beyond else 0
+    return next(((steps[since], step) for step, x in zip(steps[since:], values[since:])
+                 if x >= 0.9 * values[-1]), None)
 
 
 def print_report(run: str | Path, rows: list[dict], beside: list[dict] = ()):
-    """Print what the rows of one view say of val, and the last scores of task in another run, if given."""
+    """Print what the rows of one view say of val, and the last scores of task in another run, if given.
+
+    At the end, a heat table shows it at a glance, as many captures as fit the terminal, in characters alone.
+    """
     def val(some):
         return {tuple(row[key] for key in ("position", "identity", "measure", "step", "layer")): row
                 for row in some if row["split"] == "val"}
 
     def line(head, *key, of, column="value", bound=False):
         at = [of[*key, layer] for layer in layers if (*key, layer) in of]
-        shades = " " * 5 if key[2] in LOWER else " ░▒▓█"
         if at:
-            print(f"{head:30}" + "".join(
-                f"{'-':>7} " if row[column] is None else
-                f"{row[column]:7.2f}{shades[max(0, min(4, int(5 * row[column])))]}" for row in at
-            ) + (f"   null {at[-1]['null_95']:.2f}" if bound and at[-1]["null_95"] is not None else ""))
+            print(f"{head:30}" + "".join(f"{'-':>7} " if row[column] is None else f"{row[column]:7.2f} "
+                                         for row in at)
+                  + (f"   null {at[-1]['null_95']:.2f}" if bound and at[-1]["null_95"] is not None else ""))
+
+    def shade(value, null=0):
+        return "-" if value is None else shades[0 if value <= null else 1 + min(3, int(4 * value))]
 
     here, there = val(rows), val(beside)
     steps, layers = (sorted({row[key] for row in rows}) for key in ("step", "layer"))
@@ -615,10 +621,22 @@ def print_report(run: str | Path, rows: list[dict], beside: list[dict] = ()):
             null, cells = "regrouped_95" if identity == "task" else "null_95", []
             for layer in layers:
                 at = [here[position, identity, measure, step, layer] for step in steps]
-                since = onset(steps, [row["value"] > row[null] for row in at])
-                near = next(step for step, row in zip(steps, at) if row["value"] >= 0.9 * at[-1]["value"])
-                cells.append("-" if since is None else f"{since}/{near}")
+                both = emergence(steps, *([row[key] for row in at] for key in ("value", null)))
+                cells.append("{}/{}".format(*both) if both else "-")
             print(f"{position + ' ' + identity:30}" + "".join(f"{cell:>8}" for cell in cells))
+
+    shades = "·░▒▓█" if "█".encode(sys.stdout.encoding or "ascii", "ignore") else ".-+*#"
+    every = math.ceil(len(steps) / max(1, (shutil.get_terminal_size().columns - 9) // 2))
+    shown = steps[::-1][::every][::-1]
+    print(f"\nAt a glance: pairwise F1 of task, val, a column a capture, steps {shown[0]} to {shown[-1]}.\n"
+          f"{shades[0]} within its null, regrouped; beyond it {shades[1]}, from 0.25 {shades[2]}, "
+          f"0.5 {shades[3]}, 0.75 {shades[4]}; accuracy likewise")
+    for key in (key for key in scored if key[1:] == ("task", "f1") and key[0] != "surface"):
+        print(f"at `{key[0]}`")
+        for layer in reversed(layers):
+            cells = (here[*key, step, layer] for step in shown)
+            print(f"layer {layer:2} " + "".join(2 * shade(x["value"], x["regrouped_95"]) for x in cells))
+    print("accuracy " + "".join(2 * shade(accuracy.get(step)) for step in shown))
 
 
 # ---------------------------------------------------------------- the causal test

@@ -6,6 +6,7 @@
 """
 import contextlib
 import copy
+import csv
 import dataclasses
 import io
 import itertools
@@ -1417,10 +1418,34 @@ def test_regexes_that_clump_beat_one_null_and_only_merged_tasks_beat_both():
         assert one["regrouped_95"] is None and (one["value"] < one["null_95"]) == beats[0]
 
 
-def test_onset_is_the_step_after_which_it_always_holds():
-    steps = [0, 1, 2, 4, 8]
-    for holds, step in ("00111", 2), ("10101", 8), ("11111", 0), ("11110", None), ("00000", None):
-        assert probe.onset(steps, [x == "1" for x in holds]) == step
+def test_what_emerges_stays_beyond_its_null_and_then_comes_near_its_end():
+    steps, null = [0, 1, 2, 4, 8], [2] * 5
+    for values, both in (([1, 1, 3, 9, 10], (2, 4)), ([9, 1, 3, 1, 10], (8, 8)), ([3, 4, 5, 6, 6], (0, 4)),
+                         ([10, 3, 3, 8, 10], (0, 0)), ([9, 9, 9, 9, 2], None), ([0] * 5, None)):
+        assert probe.emergence(steps, values, null) == both
+
+
+@pytest.mark.parametrize("columns, encoding", [(200, "utf-8"), (30, "utf-8"), (80, "ascii")])
+def test_the_heat_table_shows_the_scores_in_any_terminal(run, columns, encoding, monkeypatch):
+    rows = lines(run / "probe.jsonl") if (run / "probe.jsonl").exists() else probe.probe(run)
+    out = io.TextIOWrapper(io.BytesIO(), encoding, errors="replace")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(sys, "stdout", out)
+    probe.print_report(run, rows)
+    out.seek(0)
+    heat = out.read().split("At a glance")[1].splitlines()
+    captures = probe.captured(run)
+    shown = re.search(r"steps (\d+) to (\d+)", heat[0]).groups()
+    marks = "·░▒▓█" if encoding == "utf-8" else ".-+*#"
+    assert heat[2] == "at `instruction`" and int(shown[1]) == captures[-1] and marks[0] in heat[1]
+    for layer, text in zip((2, 1, 0), heat[3:]):
+        assert text.startswith(f"layer {layer:2} ") and len(text) <= max(11, columns)
+        where = dict(position="instruction", identity="task", measure="f1", split="val", layer=layer)
+        of = {row["step"]: row for row in rows if where.items() <= row.items()}
+        last = of[captures[-1]]
+        level = 0 if last["value"] <= last["regrouped_95"] else 1 + min(3, int(last["value"] / 0.25))
+        assert text[-2:] == 2 * marks[level] and set(text[9:]) <= {*marks}
+        assert columns < 80 or len(text) == 9 + 2 * len(captures)
 
 
 def test_probe_rows_are_complete_and_layer_0_is_its_null(run):
@@ -1777,14 +1802,17 @@ def test_lines_are_means_and_bands_are_students_intervals():
 def test_figures_show_the_numbers_of_the_files(run, tmp_path):
     here = Path(shutil.copytree(run, tmp_path / "run"))
     rows = probe.probe(here)
-    curves = {name: fig for draw in (plot.draw_training, plot.draw_measures) for name, fig in draw([here])}
+    plot.plt.rcParams["figure.max_open_warning"] = 0
+    curves = dict(itertools.chain(plot.draw_training(plot.merge([lines(here / "metrics.jsonl")])),
+                                  plot.draw_measures(plot.merge([rows]))))
     metrics = lines(here / "metrics.jsonl")
     steps, accuracy = drawn_lines(curves["training"].axes[1])["val"]
     assert list(steps) == [row["step"] for row in metrics]
     assert list(accuracy) == [row["acc_val"] for row in metrics]
-    assert {*curves} == {"training"} | {row["measure"] for row in rows}
+    assert {*curves} == {"training"} | {f"{row['measure']}_{row['position']}" for row in rows
+                                        if row["position"] != "surface"}
     for measure in "f1", "nc1", "knn_output":
-        for ax in curves[measure].axes:
+        for ax in (ax for name in curves if name.rpartition("_")[0] == measure for ax in curves[name].axes):
             identity, position, split = re.fullmatch(r"(\w+), at `(\w+)`, (\w+)", ax.get_title()).groups()
             for layer in range(3):
                 shown = {row["step"]: row["value"] for row in rows if (
@@ -1811,8 +1839,36 @@ def test_plot_draws_all_of_a_run(run, tmp_path):
     here = Path(shutil.copytree(run, tmp_path / "run"))
     probe.probe(here), probe.patch(here)
     assert figures_of(here, tmp_path / "out") == {
-        "data", "training", "film_instruction", "film_answer", "events", "patch",
-        *probe.MEASURES, *probe.LOWER, "knn_share", "knn_task", "knn_output"}
+        "data", "training", "film_instruction", "film_answer", "events", "patch", "knn_output_answer",
+        *(f"{measure}_{position}" for position in ("instruction", "answer")
+          for measure in (*probe.MEASURES, *probe.LOWER, "knn_share", "knn_task"))}
+
+
+def test_numbers_of_several_seeds_are_those_of_their_files(run, tmp_path):
+    rows = probe.probe(run)
+    others = [{**row, "value": None if row["value"] is None else row["value"] + 1, "regrouped_95": 3}
+              for row in rows]
+    merged = plot.merge([rows, others[:-1]])                # a row that one seed lacks is none
+    assert len(merged) == len(rows) - 1
+    plot.write_numbers(tmp_path / "numbers.csv", merged, [0, 4])
+    table = list(csv.DictReader((tmp_path / "numbers.csv").read_text(encoding="utf-8").splitlines()))
+    last = max(row["step"] for row in rows)
+    about = "measure", "position", "identity", "split", "layer", "step"
+    key = lambda row: tuple(str(row[name]) for name in about)
+    of = {key(row): row for row in rows[:-1]}
+    assert len(of) == len(rows) - 1
+    for row in table:
+        one = of[key(row)]
+        close = lambda x: pytest.approx(x, rel=1e-3, abs=1e-6)
+        assert (one["value"] is None and row["seed 0"] == row["seed 4"] == "" or
+                [float(row["seed 0"]), float(row["seed 4"])] == close([one["value"], one["value"] + 1]))
+        if row["measure"] == "f1":
+            regrouped = row["regrouped_95"]
+            assert regrouped == "" if one["regrouped_95"] is None else float(regrouped) == close(
+                (one["regrouped_95"] + 3) / 2)
+    kept = {key(row) for row in table}
+    assert kept >= {key(row) for row in rows[:-1] if row["measure"] == "f1" and row["split"] == "val"}
+    assert kept >= {key(row) for row in rows[:-1] if row["split"] == "val" and row["step"] == last}
 
 
 @drawn
