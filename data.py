@@ -1,8 +1,8 @@
 """The data: regular expressions, tasks, splits, tokens.
 
 A task maps inputs to outputs and is only ever described by instructions: strings sampled from regular
-expressions (figure 1 of Wu & Varshney, arXiv 2402.12151). Three chapters: an exact sampler of regular
-languages; tasks, random or from a file; the splits that a model is trained and probed on.
+expressions (figure 1 of Wu & Varshney, arXiv 2402.12151). Four chapters: an exact sampler of regular
+languages; knobs and tasks; the splits that a model is trained and probed on; what all command lines share.
 
     python data.py                        print the default data set on a page
     python data.py --tasks mine.json      print the data set of a tasks file
@@ -54,7 +54,7 @@ class Regex:
         self.pattern, self.max_len = pattern, max_len
         self._edges, self._accept = _determinise(pattern, *_thompson(pattern))
         # counts[r][q]: strings of at most r characters that lead from state q to acceptance; the last row is
-        # the first beyond which no string is longer
+        # that of max_len, or an earlier one that all after it would only repeat
         self._counts, work, n_edges = [[int(a) for a in self._accept]], 0, sum(map(len, self._edges))
         for r in range(max_len):
             row = [a + sum(len(chars) * self._counts[r][q] for chars, q in edges)
@@ -176,7 +176,7 @@ def _lex(pattern):
             counted = COUNTED.match(pattern, at)
             least, most = {"?": (0, 1), "*": (0, None), "+": (1, None), "{": (1, 0)}[c]
             if counted:
-                least, most, i = int(counted[1][:9]), counted[2], counted.end()     # nine digits are too many
+                least, most, i = int(counted[1][:9]), counted[2], counted.end()     # nine are too many
                 most = least if most is None else int(most[:9]) if most else None
             if most is not None and most < least:
                 _fail(pattern, f"bare or empty {pattern[at:i]}", at, "escape it, or write {m}, {m,} or {m,n}")
@@ -289,7 +289,7 @@ def _determinise(pattern, reads, leads, first, last):
         spend(len(closures[s]))
         return closures[s]
 
-    kinds, alike = list({chars: None for chars in reads if chars is not None}), {}
+    kinds, alike = set(reads) - {None}, {}
     alphabet = sorted(set().union(*kinds))
     spend(len(alphabet) * len(kinds))
     for c in alphabet:
@@ -300,16 +300,16 @@ def _determinise(pattern, reads, leads, first, last):
     number, edges = {closure(first): 0}, []
     subsets = list(number)
     for subset in subsets:                  # grows while it is walked
-        moves, targets = {}, {}
+        moves, targets = defaultdict(set), defaultdict(str)
         for s in subset:
             for b in blocks_of.get(reads[s], ()):
-                moves.setdefault(b, set()).update(closure(leads[s][0]))
+                moves[b].update(closure(leads[s][0]))
         for b in sorted(moves):
             target = frozenset(moves[b])
             if target not in number:
                 number[target] = len(number)
                 subsets.append(target)
-            targets[number[target]] = targets.get(number[target], "") + blocks[b]
+            targets[number[target]] += blocks[b]
         edges.append([(chars, q) for q, chars in targets.items()])
         if len(subsets) > MAX_STATES:
             raise ValueError(f"{pattern!r:.60} is too ambiguous for {MAX_STATES} states: make it smaller")
@@ -341,7 +341,7 @@ class DataConfig:
     n_outputs: int = knob(20, "pool of outputs that random tasks share")
     n_train: int = knob(20, "training instructions a regex")
     n_val: int = knob(10, "instructions a regex in subset, in val and in ood")
-    n_asked: int = knob(8, "inputs an instruction is taught with; of its task's others, as many are `pairs`")
+    n_asked: int = knob(8, "inputs an instruction is taught with, and at most as many others in `pairs`")
     asks_for: str = knob("output", "what is to be answered: the output of an input; in its place, which task "
                          "or distribution the instruction is of; or nothing, then there is no input",
                          choices=("output", "task", "distribution", "nothing"))
@@ -374,7 +374,7 @@ class Task(NamedTuple):
     held_out: str
 
 
-PAIRS = ["".join(letters) for letters in product(ascii_lowercase, repeat=2)]
+TWO_LETTERS = ["".join(letters) for letters in product(ascii_lowercase, repeat=2)]
 
 
 def random_pattern(rng: random.Random) -> str:
@@ -383,7 +383,7 @@ def random_pattern(rng: random.Random) -> str:
     768 strings, all of 10 letters: the length gives nothing away.
     """
     classes = ["[" + "".join(sorted(rng.sample(ascii_lowercase, 4))) + "]{2}" for _ in range(2)]
-    parts = [*rng.sample(PAIRS, 2), *classes, "(" + "|".join(rng.sample(PAIRS, 3)) + ")"]
+    parts = [*rng.sample(TWO_LETTERS, 2), *classes, "(" + "|".join(rng.sample(TWO_LETTERS, 3)) + ")"]
     return "".join(rng.sample(parts, len(parts)))
 
 
@@ -461,13 +461,13 @@ def read_tasks(path: str | Path, max_len: int) -> tuple[str, list[Task]]:
         if not right:
             raise ValueError(f"{path}, {where}: {rule}")
 
-    def once(pairs):        # of a key given twice, json keeps the last value; a null no check below lets pass
+    def once(pairs):        # json keeps the last value of a key given twice; None is refused below
         times = Counter(key for key, _ in pairs)
         return {key: value if times[key] == 1 else None for key, value in pairs}
 
     try:
         spec = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=once)
-        json.dumps(spec, ensure_ascii=False).encode()           # what we could not write again is no text
+        json.dumps(spec, ensure_ascii=False).encode()           # a lone surrogate is no text
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path} is not a tasks file, it is not JSON: {e}") from None
     check(isinstance(spec, dict) and isinstance(spec.get("tasks"), list), "tasks",
@@ -555,15 +555,15 @@ class Dataset(NamedTuple):
     splits: dict[str, Split]                # train, subset, val, ood, and pairs if a task is large
 
 
-def said(instruction: str, cut_into: str) -> list[str]:
+def cut(instruction: str, cut_into: str) -> list[str]:
     """The tokens of an instruction."""
     return list(instruction) if cut_into == "characters" else WORD.findall(instruction.lower())
 
 
 def encode(instances: dict[str, list[Instance]], cut_into: str) -> tuple[list[str], dict[str, Split]]:
     """The vocabulary of lists of instances, and each list as a split; an instruction's are to be adjacent."""
-    everything = dict.fromkeys(x for some in instances.values() for x in some)
-    texts = {x: [*said(x.instruction, cut_into), SEP, *WORD.findall(x.input),
+    everything = set().union(*instances.values())
+    texts = {x: [*cut(x.instruction, cut_into), SEP, *WORD.findall(x.input),
                  ANS, *WORD.findall(x.output), EOS] for x in everything}
     vocabulary = [*SPECIALS, *sorted(set().union(*texts.values()) - set(SPECIALS))]
     width, id_of = max(map(len, texts.values())), {token: i for i, token in enumerate(vocabulary)}
@@ -592,7 +592,7 @@ def make_dataset(cfg: DataConfig) -> Dataset:
     """Tasks, vocabulary and splits: the same cfg gives the same anywhere.
 
     In a task of more than n_asked inputs these take turns, n_asked an instruction; split `pairs` asks the
-    instructions of subset with as many others. Raises ValueError for sizes that cannot be.
+    instructions of subset with at most as many others. Raises ValueError for sizes that cannot be.
     """
     cfg.check()
     if cfg.n_val > cfg.n_train:
@@ -608,7 +608,7 @@ def make_dataset(cfg: DataConfig) -> Dataset:
             number, trained = len(places), m < len(task.distributions)
             places.append(file + place(task, m))
             rng = random.Random(f"{cfg.seed_of('data')}/instructions/{number}")
-            try:                            # distinct strings, so none is in both parts
+            try:                            # distinct strings, so none is in train and val
                 strings = Regex(pattern, cfg.max_len).sample(cfg.n_val + trained * cfg.n_train, rng)
             except ValueError as e:
                 raise ValueError(f"{places[number]}: {e}; widen it, lower n_train or n_val, or raise max_len"
@@ -629,9 +629,9 @@ def make_dataset(cfg: DataConfig) -> Dataset:
     if cfg.asks_for in ("task", "distribution"):
         instances = {name: [x._replace(output=f"{cfg.asks_for}{getattr(x, cfg.asks_for)}") for x in some]
                      for name, some in instances.items()}
-    first_said = {}
+    first_cut = {}
     for s, number in {x.instruction: x.distribution for some in instances.values() for x in some}.items():
-        twin = first_said.setdefault(tuple(said(s, cut_into)), s)
+        twin = first_cut.setdefault(tuple(cut(s, cut_into)), s)
         if twin != s:
             raise ValueError(f"{places[number]}: {twin!r} and {s!r} are the same words, "
                              "let them differ in more than spaces and capitals")

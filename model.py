@@ -79,7 +79,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The whole network. `generator` decides its initial weights, which are GPT-2's:
 
-    | what                                          | drawn from                 |
+    | what                                          | drawn from N(mean, std)    |
     |-----------------------------------------------|----------------------------|
     | embeddings and linear maps                    | N(0, 0.02)                 |
     | the maps back into the stream (`out.weight`)  | N(0, 0.02 / sqrt(2 L))     |

@@ -28,7 +28,7 @@ except ImportError:                 # main says so
 
 from data import Flags, Regex, command_line, write
 from probe import LOWER, emergence, load
-from train import captured, read_config, read_data, read_rows
+from train import kept_steps, read_config, read_data, read_rows
 
 STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
          "legend.frameon": False, "svg.hashsalt": "0", "svg.fonttype": "none", "savefig.dpi": 130,
@@ -83,7 +83,7 @@ def write_numbers(path: Path, rows: list[dict], seeds: list[int]):
         if "split" not in row or f1 and raw and row["split"] != "ood" or (
                 (f1 or raw) and row["split"] != "subset" and row["step"] in (0, last)):
             nulls = (None if None in row[null] else np.mean(row[null]) for null in NUMBERS[1:])
-            table.writerow([*map(row.get, ABOUT), *("" if x is None else f"{x:.4g}"
+            table.writerow([*map(row.get, ABOUT), *("" if x is None else f"{x:.5g}"
                                                     for x in (*nulls, *row["value"]))])
     write(path, text.getvalue())
 
@@ -233,7 +233,7 @@ def draw_events(rows, metrics):
 
 def draw_film(run):
     """States of val, layer by capture: on the first two principal components of the layer's last capture."""
-    data, steps = read_data(run), captured(run)
+    data, steps = read_data(run), kept_steps(run)
     rows = read_rows(run / "metrics.jsonl", "step", "acc_val")
     accuracy = {row["step"]: row["acc_val"] for row in rows}
     shown = sorted({min(steps, key=lambda step: abs(step - even)) for even in np.linspace(0, steps[-1], 6)})
@@ -327,13 +327,17 @@ def draw_align(rows):
 # ---------------------------------------------------------------- all of them
 
 
-def save(figures, out: Path, what: str, seeds: list[int]):
-    """Write every figure as PNG and SVG; what was run goes below it, in small print."""
+def told(seeds: list[int]) -> str:
+    """Which seeds a figure shows, and how."""
     how = "" if len(seeds) == 1 else ": mean, and each" if len(seeds) < 5 else ": mean, and its 95 % interval"
+    return f"seed {', '.join(map(str, seeds))}{how}"
+
+
+def save(figures, out: Path, caption: str):
+    """Write every figure as PNG and SVG, with what was run below it in small print."""
     out.mkdir(parents=True, exist_ok=True)
     for name, fig in figures:
-        small = f"{what}; seed {', '.join(map(str, seeds))}{how}"
-        fig.supxlabel(small, x=0.01, ha="left", fontsize=6, color="0.4")
+        fig.supxlabel(caption, x=0.01, ha="left", fontsize=6, color="0.4")
         fig.savefig(out / f"{name}.png")
         fig.savefig(out / f"{name}.svg", metadata={"Date": None})
         plt.close(fig)
@@ -356,24 +360,23 @@ def main():
         if "arm" in rows[0]:
             draw = draw_align
         rows = merge([[row for row in rows if row["seed"] == seed] for seed in seeds])
-        save(draw(rows), out, f"apply.py {draw.__name__[5:]}", seeds)
+        save(draw(rows), out, f"apply.py {draw.__name__[5:]}\n" + told(seeds))
     else:
         cfg, seeds = read_config(runs[0]), [read_config(run).seed for run in runs]
         tasks = cfg.tasks or f"{cfg.n_tasks} tasks of {cfg.n_distributions} regexes"
-        what = f"{tasks}, {cfg.n_layer} blocks of width {cfg.n_embd}, {cfg.optimizer}, loss on {cfg.loss_on}"
+        what = f"{tasks}, {cfg.n_layer} blocks of width {cfg.n_embd}, {cfg.optimizer}, loss on {cfg.loss_on}\n"
         metrics, probed, patched = (
             merge([read_rows(run / name, "step" if name == "metrics.jsonl" else "position") for run in runs])
             if all((run / name).exists() for run in runs) else []
             for name in ("metrics.jsonl", "probe.jsonl", "patch.jsonl"))
         rows = metrics + probed + patched
-        save(draw_data(runs[0]), out, what, seeds[:1])
-        save(draw_film(runs[0]), out, what, seeds[:1])
-        save(draw_training(metrics), out, what, seeds)
+        save([*draw_data(runs[0]), *draw_film(runs[0])], out, what + told(seeds[:1]))
+        save(draw_training(metrics), out, what + told(seeds))
         if probed:
-            save(draw_measures(probed), out, what, seeds)
-            save(draw_events(probed, metrics), out, what, seeds)
+            save(draw_measures(probed), out, what + told(seeds))
+            save(draw_events(probed, metrics), out, what + f"a bar a seed, {len(seeds)} in all")
         if patched:
-            save(draw_patch(patched), out, what, seeds)
+            save(draw_patch(patched), out, what + told(seeds))
     if len(seeds) > 1:
         write_numbers(out / "numbers.csv", rows, seeds)
 

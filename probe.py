@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from data import Dataset, Flags, Split, command_line
-from train import (CAPTURED, capture_path, captured, make_generator, observe, pick_device, read_arrays,
+from train import (CAPTURED, capture_path, kept_steps, make_generator, observe, pick_device, read_arrays,
                    read_config, read_data, read_model, read_rows, write_rows)
 
 # ---------------------------------------------------------------- k-means
@@ -532,7 +532,7 @@ def probe(run: str | Path, views=("raw",)) -> list[dict]:
     0. View `centred` is only for states that have seen an input. Raises ValueError if nothing was captured,
     and for a run folder that is damaged.
     """
-    seed, device, steps, rows = read_config(run).seed, pick_device(), captured(run), []
+    seed, device, steps, rows = read_config(run).seed, pick_device(), kept_steps(run), []
     if not steps:
         raise ValueError(f"{run} has no captures: train it first")
     data = read_data(run)
@@ -589,7 +589,8 @@ def print_report(run: str | Path, rows: list[dict], beside: list[dict] = ()):
         return "-" if value is None else shades[0 if value <= null else 1 + min(3, int(4 * value))]
 
     here, there = val(rows), val(beside)
-    steps, layers = (sorted({row[key] for row in rows}) for key in ("step", "layer"))
+    steps, layers = (sorted({row[key] for row in rows if row["position"] != "surface"})
+                     for key in ("step", "layer"))
     metrics = read_rows(Path(run) / "metrics.jsonl", "step", "acc_val")
     accuracy = {row["step"]: row["acc_val"] for row in metrics}
     scored = list(dict.fromkeys(key[:3] for key in here))

@@ -4,10 +4,12 @@
     .venv/bin/pytest -k "not slow" test_all.py
     .venv/bin/pytest -k regex test_all.py  the claims with that word in their name
 """
+import argparse
 import contextlib
 import copy
 import csv
 import dataclasses
+import functools
 import io
 import itertools
 import json
@@ -16,6 +18,7 @@ import multiprocessing
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -41,12 +44,22 @@ import train
 from data import DataConfig, Regex, make_dataset
 
 HERE = Path(__file__).parent
+README = (HERE / "README.md").read_text(encoding="utf-8")
 settings.register_profile("all", deadline=None, derandomize=True)
 settings.load_profile("all")
 SMALL = dict(n_tasks=4, n_distributions=2, n_mappings=3, n_inputs=5, n_outputs=6, n_train=12, n_val=6)
 TINY = dict(SMALL, n_layer=2, n_head=2, n_embd=16, epochs=6, batch_size=64, n_captures=6, device="cpu")
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 drawn = pytest.mark.skipif(plot.plt is None, reason="needs matplotlib, which make figures installs")
+
+
+def section(title):
+    """The text below a heading of README, up to the next of its level."""
+    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+FORKS = re.findall(r"```diff\n(.*?)```\n+```bash\n(.*?)```", section("Ask your own question"), re.S)
+WORDS = json.loads("".join(line[1:] for line in FORKS[2][0].splitlines()[3:]))
 
 
 @pytest.fixture
@@ -442,25 +455,6 @@ def test_all_probes_and_controls_take_facts(tmp_path):
 
 
 UNCLUSTERED = "knn_share", "knn_task", "knn_output", "nc1", "merge_ratio"
-README = (HERE / "README.md").read_text(encoding="utf-8")
-WORDS = json.loads(re.search(r"```json\n(.*?)```", README, re.S)[1])
-
-
-def test_the_tasks_file_of_the_readme_is_learnt_and_probed(tmp_path):
-    (tmp_path / "mine.json").write_text(json.dumps(WORDS))
-    out = train.train(train.Config(tasks=str(tmp_path / "mine.json"), batch_size=32, epochs=12, n_captures=1,
-                                   out=str(tmp_path / "run")))
-    assert lines(out / "metrics.jsonl")[-1]["acc_val"] > 0.9
-    d = make_dataset(train.read_config(out))
-    texts = [" ".join(d.vocabulary[i] for i in row) for row in d.splits["train"].tokens]
-    assert any("guinea pig <ans> wheek <eos>" in text for text in texts)
-    assert {row["measure"] for row in probe.probe(out, ["raw", "centred"])} == {*probe.MEASURES, *UNCLUSTERED}
-
-
-def test_every_promise_of_the_readme_is_a_test_here():
-    text = README.split("## What is promised")[1].split("\n## ")[0]
-    names = re.findall(r"`(\w{15,})`", text)
-    assert len(names) > 15 and all(callable(globals()[f"test_{name}"]) for name in names)
 
 
 # ---------------------------------------------------------------- the model
@@ -939,7 +933,7 @@ def test_two_processes_do_not_train_one_run_and_a_killed_one_leaves_no_lock(run,
     other.stdout.readline()
     assert exit_status(train, "--out", run, "--resume") == 2
     assert "being trained by another process" in capsys.readouterr().err
-    assert probe.captured(run)                                  # looking is allowed
+    assert probe.kept_steps(run)                                  # looking is allowed
     other.kill()
     other.wait()
     assert train.train(train.read_config(run), resume=True) == run
@@ -988,7 +982,7 @@ def test_a_run_on_data_that_it_was_given_goes_on_with_that_only(run, tmp_path):
     cfg = train.Config(**{**TINY, "steps": 9}, out=str(tmp_path / "few"))
     out, other = train.train(cfg, data=few), dataclasses.replace(cfg, out=str(tmp_path / "other"))
     with pytest.raises(KeyboardInterrupt):
-        train.train(other, asked=[True], data=few)
+        train.train(other, stop=[True], data=few)
     assert equal(outcome(train.train(other, resume=True, data=few))[0], outcome(out)[0])
     assert equal(train.read_model(out, few, torch.device("cpu")).state_dict(), outcome(out)[0])
     for other in None, d:
@@ -1051,7 +1045,7 @@ def test_altered_metrics_are_as_before_after_resuming(run, tmp_path):
 
 def test_probing_works_on_what_is_there_yet(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
-    steps = probe.captured(run)
+    steps = probe.kept_steps(run)
     (tmp_path / "run" / "states" / f"{steps[-1]:06d}.npz").unlink()
     (tmp_path / "run" / "ckpt.pt").unlink()
     rows = probe.probe(tmp_path / "run")
@@ -1434,7 +1428,7 @@ def test_the_heat_table_shows_the_scores_in_any_terminal(run, columns, encoding,
     probe.print_report(run, rows)
     out.seek(0)
     heat = out.read().split("At a glance")[1].splitlines()
-    captures = probe.captured(run)
+    captures = probe.kept_steps(run)
     shown = re.search(r"steps (\d+) to (\d+)", heat[0]).groups()
     marks = "·░▒▓█" if encoding == "utf-8" else ".-+*#"
     assert heat[2] == "at `instruction`" and int(shown[1]) == captures[-1] and marks[0] in heat[1]
@@ -1453,7 +1447,7 @@ def test_probe_rows_are_complete_and_layer_0_is_its_null(run):
     assert rows == lines(run / "probe.jsonl")
     fields = "step layer position split identity measure view value null_mean null_95 "
     assert all(" ".join(row) == fields + "regrouped_mean regrouped_95" for row in rows)
-    captures, data = probe.captured(run), train.read_data(run)
+    captures, data = probe.kept_steps(run), train.read_data(run)
     for view, position in itertools.product(probe.VIEWS, ("instruction", "answer", "surface")):
         some = [row for row in rows if (row["view"], row["position"]) == (view, position)]
         ids = data.splits["val"].labels("answer" if position == "answer" else "instruction")
@@ -2103,3 +2097,183 @@ def test_slow_commands_run_from_the_shell(tmp_path):
     assert patched.returncode == 0 and "random shift" in patched.stdout and not patched.stderr
     wrong = shell("train.py", "--frobnicate")
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and wrong.stderr.startswith("error: ")
+
+
+# ---------------------------------------------------------------- what README says
+
+
+def commands(text):
+    """The lines of README's bash blocks, split as a shell would."""
+    return [shlex.split(line, comments=True) for block in re.findall(r"```bash\n(.*?)```", text, re.S)
+            for line in block.splitlines() if shlex.split(line, comments=True)]
+
+
+def test_every_command_and_flag_of_the_readme_is_one(monkeypatch):
+    flags, parsed = {"--standalone", "--nproc_per_node"}, []        # of torchrun
+
+    def parse(self):
+        flags.update(self._option_string_actions)
+        parsed.append(argparse.ArgumentParser.parse_args(self))
+        raise InterruptedError
+
+    def try_out(script, *argv):
+        monkeypatch.setattr(sys, "argv", [script, *argv])
+        with pytest.raises((InterruptedError, SystemExit)):     # the latter from --help
+            {"data.py": data, "train.py": train, "probe.py": probe, "apply.py": apply, "plot.py": plot}[
+                script].main()
+
+    monkeypatch.setattr(data.Flags, "parse_args", parse)
+    spans = [shlex.split(span) for span in re.findall(r"`(python \w+\.py[^`]*)`", README)]
+    for script in "data.py", "train.py", "probe.py", "apply.py pretrain", "plot.py runs/x":
+        try_out(*script.split(), *["runs/x"] * (script == "probe.py"))
+    make = (HERE / "Makefile").read_text()
+    targets = set(re.search(r"\.PHONY: (.*)", make)[1].split())
+    for command in commands(README) + spans:
+        if command[0] == "python":
+            try_out(*command[1:])
+        else:
+            assert command[0] == "make" and {*command[1:]} <= targets
+    assert len(parsed) > 15
+    assert {*re.findall(r"`make\s([\w ]+)`", README)} <= targets
+    assert {*re.findall(r"(?<![\w-])--[a-z][\w-]*", README)} <= flags
+
+
+def test_every_promise_of_the_readme_is_a_test_here():
+    text = README.split("## What is promised")[1].split("\n## ")[0]
+    names = re.findall(r"`(\w{15,})`", text)
+    assert len(names) > 15 and all(callable(globals()[f"test_{name}"]) for name in names)
+
+
+def test_line_counts_of_the_readme_are_right_and_its_pictures_there():
+    counts = dict(re.findall(r"\| `(\w+\.py)` \| (\d+) \|", section("Read it")))
+    assert {name: int(n) for name, n in counts.items()} == {
+        path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in HERE.glob("*.py")}
+    pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", README)
+    assert len(pictures) > 7 and all((HERE / name).stat().st_size > 10_000 for name in pictures)
+
+
+@pytest.fixture
+def fork(tmp_path, run):
+    """Apply a diff of README to a copy of the project; return what runs a command there."""
+    def make(diff):
+        changed = [line for line in diff.splitlines() if re.match(r"[-+](?!--|\+\+)", line)]
+        assert 0 < len(changed) <= 10 and max(map(len, changed)) <= 120
+        for path in [*HERE.glob("*.py"), HERE / "facts.json"]:
+            shutil.copy(path, tmp_path)
+        subprocess.run(["git", "apply", "-"], input=diff, text=True, cwd=tmp_path, check=True)
+        shutil.copytree(run, tmp_path / "runs" / "default")
+        for step in probe.kept_steps(run)[:-1]:               # the last is enough
+            train.capture_path(tmp_path / "runs" / "default", step).unlink()
+        return tmp_path, lambda *command: subprocess.run(
+            [sys.executable, *command[1:]], cwd=tmp_path, check=True, capture_output=True, text=True,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}).stdout
+    return make
+
+
+def test_slow_a_new_identity_needs_one_line_and_no_new_run(fork, run):
+    here, do = fork(FORKS[0][0])
+    [command] = commands(f"```bash\n{FORKS[0][1]}```")
+    assert "instruction letter f1" in do(*command)
+    rows = [row for row in lines(here / "runs/default/probe.jsonl") if row["identity"] == "letter"]
+    assert {row["position"] for row in rows} == {"instruction", "answer", "surface"}
+    letters = [x.instruction[0] for x in train.read_data(run).splits["val"].instances]
+    k = len(set(letters))
+    where = dict(layer=0, position="answer", split="val", measure="purity")         # one cluster there
+    [one] = [row for row in rows if where.items() <= row.items()]
+    assert k > 2 and one["value"] == pytest.approx(max(Counter(letters).values()) / len(letters))
+
+
+def test_slow_a_new_measure_needs_a_function_and_a_name(fork):
+    here, do = fork(FORKS[1][0])
+    [command] = commands(f"```bash\n{FORKS[1][1]}```")
+    assert "instruction task fm" in do(*command)
+    rows = lines(here / "runs/default/probe.jsonl")
+    assert {"fm", "f1"} <= {row["measure"] for row in rows}
+    check = "import probe; print(probe.MEASURES['fm']([0, 0, 0, 1, 1], [0, 0, 1, 1, 1]))"
+    assert float(do("", "-c", check)) == pytest.approx(2 / 4)   # of 4 pairs in each, 2 are the same
+
+
+def test_slow_the_tasks_file_of_the_readme_is_learnt_and_probed(fork):
+    here, do = fork(FORKS[2][0])
+    look, learn, score = commands(f"```bash\n{FORKS[2][1]}```")
+    assert "task young maps dog to puppy, cow to calf" in do(*look)
+    do(*learn, "--n-captures=1")
+    assert lines(here / "runs/mine/metrics.jsonl")[-1]["acc_val"] > 0.95
+    assert "Do states at `instruction` cluster by task?" in do(*score)
+    d = train.read_data(here / "runs/mine")
+    texts = [" ".join(d.vocabulary[i] for i in row) for row in d.splits["train"].tokens]
+    assert any("guinea pig <ans> wheek <eos>" in text for text in texts)
+
+
+def test_slow_a_block_that_averages_trains_and_is_probed_beside_the_other(fork):
+    here, do = fork(FORKS[3][0])
+    do("python", "probe.py", "runs/default")
+    learn, score = commands(f"```bash\n{FORKS[3][1]}```")
+    do(*learn, *as_flags({**TINY, "epochs": 1, "n_captures": 1}))
+    assert "the run beside, at its end" in do(*score)
+    check = ("import torch, model; a = model.Attention(model.ModelConfig(9, 9, n_embd=8, n_head=2)).eval();"
+             "x = torch.randn(1, 5, 8); v = (x @ a.qkv.weight.T + a.qkv.bias)[..., 16:];"
+             "want = torch.stack([v[0, :t + 1].mean(0) for t in range(5)]);"
+             "print((a(x)[0] - (want @ a.out.weight.T + a.out.bias)).abs().max().item())")
+    assert float(do("", "-c", check)) < 1e-5
+
+
+# Numbers that README quotes are those of results/. results/quoted.txt has each line of README that quotes some,
+# with {STUDY key=value ...} in their place; a word without = is another column than the seeds, or `mean`.
+
+
+@functools.cache
+def numbers(study):
+    """The rows of results/STUDY/numbers.csv."""
+    text = (HERE / "results" / study / "numbers.csv").read_text(encoding="utf-8")
+    return list(csv.DictReader(text.splitlines()))
+
+
+SCORE = {"measure": "f1", "position": "instruction", "identity": "task", "split": "val", "view": "raw"}
+
+
+def told(study, number, where):
+    """Mean ± deviation over the seeds, or a null's mean, of the row of results/ that is about this.
+
+    Values apart by one of | , / are told one by one, with that between them; * is 0|1|2|3|4.
+    """
+    for key, values in where.items():
+        values = values.replace("*", "0|1|2|3|4")
+        for mark, between in ("|", " | "), (",", ", "), ("/", "/"):
+            if mark in values:
+                return between.join(told(study, number, {**where, key: one}) for one in values.split(mark))
+    if not {"patch", "strategy", "arm"} & {*where} and not where.get("measure", "").startswith("acc_"):
+        where = {**SCORE, **where}
+    row, = (row for row in numbers(study) if where.items() <= row.items())
+    columns = [key for key in row if key.startswith("seed ")] if number in ("value", "mean") else [number]
+    found = [row[key] for key in columns]
+    if "" in found:
+        return "–"
+    measure, found = where["measure"], np.array(found, float)
+    digits = 0 if measure.startswith("step") else 3 if measure.startswith(("acc_", "val")) else 2
+    deviation = f"{found.std(ddof=1) if number == 'value' else 0:.{digits}f}"
+    return f"{found.mean():.{digits}f}" + f" ± {deviation}" * (float(deviation) > 0)
+
+
+def filled(text):
+    """Text with numbers in place of {STUDY key=value ...}; a word without = is a column, or `mean`."""
+    def fill(match):
+        study, *words = shlex.split(match[1])
+        number = next((word for word in words if "=" not in word), "value")
+        return told(study, number, dict(word.split("=") for word in words if "=" in word))
+    return re.sub(r"\{([\w-]+ [^{}]*=[^{}]*)\}", fill, text)
+
+
+def test_numbers_of_the_readme_are_the_committed_results():
+    quoted = [filled(line) for line in (HERE / "results/quoted.txt").read_text(encoding="utf-8").splitlines()]
+    there = README.splitlines()
+    assert len(quoted) > 50 and [line for line in quoted if line not in there] == []
+    for line in section("Results").splitlines():        # and no table has others
+        assert line in quoted or not re.search(r"^ *\|.*\d\.\d\d", line), line
+
+
+def test_what_training_prints_in_the_readme_is_what_it_printed():
+    printed = re.search(r" 360/360 +20\.0 +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+) ", README).groups()
+    stored = {row["measure"]: row["seed 0"] for row in numbers("default") if row["step"] == "360"}
+    names = "loss", "acc_subset", "acc_val", "acc_ood"
+    assert printed == tuple(f"{float(stored[name]):.3f}" for name in names)

@@ -1,7 +1,7 @@
 """Train a causal language model on instructions, and keep its hidden states along the way.
 
     python train.py                                   the default run, into runs/default
-    python train.py --preset quick                    seconds, into runs/quick; facts and large, likewise
+    python train.py --preset quick                    seconds, into runs/quick; also: facts, and large (a GPU)
     python train.py --tasks mine.json --n-layer 6     your own tasks, any knob (--help lists them)
     python train.py --resume                          go on where a run was stopped
     torchrun --standalone --nproc_per_node=2 train.py     two processes share every batch, and one writes
@@ -46,7 +46,7 @@ CAPTURED = "subset", "val", "ood"       # the splits whose states are kept; of `
 class Config(DataConfig):
     """Every knob of a run: the data's, and these."""
     out: str = knob("runs/default", "run folder")
-    start: str = knob("", "a run whose last weights to begin with; of tokens and places, those of both")
+    start: str = knob("", "a run whose last weights to begin with; of embeddings, the rows that both have")
     n_layer: int = knob(4, "blocks", most=1000)
     n_head: int = knob(4, "attention heads a block")
     n_embd: int = knob(64, "width", most=2 ** 14)
@@ -127,7 +127,7 @@ def read_rows(path: str | Path, *columns: str) -> list[dict]:
         if not all(key in row for row in rows for key in columns):
             raise ValueError("every row needs " + ", ".join(columns))
         return rows
-    except (ValueError, KeyError, TypeError, RecursionError) as e:
+    except (ValueError, TypeError, RecursionError) as e:
         raise ValueError(f"{path} is damaged, make it again: {e!r:.200}") from None
 
 
@@ -157,7 +157,7 @@ def capture_path(run: str | Path, step: int) -> Path:
     return Path(run) / "states" / f"{step:06d}.npz"
 
 
-def captured(run: str | Path) -> list[int]:
+def kept_steps(run: str | Path) -> list[int]:
     """The steps whose captures are there."""
     return sorted(int(path.stem) for path in (Path(run) / "states").glob("[0-9]*.npz"))
 
@@ -170,7 +170,7 @@ def labels_of(data: Dataset) -> dict[str, np.ndarray]:
 
 
 def digest(data: Dataset) -> str:
-    """Tells data sets apart: a hash of all their tokens."""
+    """Tells data sets apart: a hash of all their tokens, as numbers, not of how the words are spelt."""
     return hashlib.sha256(b"".join(split.tokens.tobytes() for split in data.splits.values())).hexdigest()
 
 
@@ -239,7 +239,7 @@ def restore(cfg: Config, out: Path, model: GPT, optimizers: list[torch.optim.Opt
         step, rows, losses, seconds = (saved[key] for key in ("step", "rows", "losses", "seconds"))
         changed = [key for key, x in vars(cfg).items()
                    if key not in ("out", "device") and saved["config"].get(key, x) != x]
-        lost = sorted({*saved["captures"]} - {*captured(out)})
+        lost = sorted({*saved["captures"]} - {*kept_steps(out)})
         if changed or lost:
             raise ValueError(f"config.json has another {', '.join(changed)}" if changed else
                              f"the capture of step {lost[0]} is lost")
@@ -252,7 +252,7 @@ def restore(cfg: Config, out: Path, model: GPT, optimizers: list[torch.optim.Opt
 def record(stepper: "Stepper", out: Path, step: int, rows: list[dict], losses: float, seconds: float):
     """Write a checkpoint, all that `restore` gives back, and the metrics so far."""
     buffer = io.BytesIO()
-    torch.save({"step": step, "rows": rows, "losses": losses, "seconds": seconds, "captures": captured(out),
+    torch.save({"step": step, "rows": rows, "losses": losses, "seconds": seconds, "captures": kept_steps(out),
                 "config": vars(stepper.cfg), "model": stepper.model.state_dict(),
                 "optimizers": [optimizer.state_dict()["state"] for optimizer in stepper.optimizers]}, buffer)
     write(out / "ckpt.pt", buffer.getvalue())
@@ -269,7 +269,7 @@ def read_model(run: str | Path, data: Dataset, device: torch.device) -> GPT:
 
 
 def begin_with(run: str | Path, model: GPT, data: Dataset):
-    """Give a model the weights of another run; of tokens and places only those that both have.
+    """Give a model the weights of another run; of the two embeddings only the rows that both have.
 
     Raises ValueError if that run is not sound, or its blocks are not like the model's.
     """
@@ -324,7 +324,7 @@ def observe(model: GPT, split: Split, batch: int = 512) -> tuple[np.ndarray, dic
     right = []
     for start in range(0, len(tokens), batch):
         some = slice(start, start + batch)
-        logits, layers = model(tokens[some, :-1])                       # (B, T, V), L + 1 times (B, T, C)
+        logits, layers = model(tokens[some, :-1])           # (B, T - 1, V), L + 1 times (B, T - 1, C)
         right.append(~((logits.argmax(-1) != tokens[some, 1:]) & is_output[some, 1:]).any(1))
         for name, (rows, _) in split.positions.items():
             mine = slice(*np.searchsorted(rows, (start, start + batch)))
@@ -357,7 +357,7 @@ def make_model(cfg: Config, data: Dataset) -> GPT:
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) for matrices: a mean of the gradients, made orthogonal, is the update.
 
-    It does what torch.optim.Muon does, but sooner, as matrices of one shape go together, and takes its rate
+    It does what torch.optim.Muon does, but faster, as matrices of one shape go together, and takes its rate
     from a tensor on the device, as a CUDA graph must.
     """
 
@@ -431,7 +431,7 @@ class Stepper:
         self.order = torch.zeros(len(self.tokens), dtype=torch.int64, device=device)
         self.in_batch = torch.arange(self.batch, device=device)
         self.at = torch.zeros((), dtype=torch.float64, device=device)   # the step to come
-        self.losses = torch.zeros_like(self.at)                         # their sum
+        self.losses = torch.zeros_like(self.at)                         # sum since `take_losses`
         self.rank, self.world = processes()
         if self.batch < self.world:
             raise ValueError(f"{self.world} processes cannot share {self.batch} instances: start fewer")
@@ -453,7 +453,7 @@ class Stepper:
             logits, _ = self.net(self.tokens[mine, :-1])                                # (B, T - 1, V)
         loss = F.cross_entropy(logits.float().flatten(0, 1), self.targets[mine, 1:].flatten(),
                                ignore_index=-100, reduction="sum")
-        # divided by the tokens of the whole batch, and by DDP by the processes
+        # mean over the scored tokens of the whole batch; times world, by which DDP divides
         loss = loss * self.world / (self.targets[chosen, 1:] != -100).sum()
         loss.backward()
         warmup = self.cfg.warmup
@@ -510,11 +510,11 @@ def replayed(step):
     return take
 
 
-def train(cfg: Config, resume: bool = False, asked: list = (), data: Dataset | None = None) -> Path:
+def train(cfg: Config, resume: bool = False, stop: list = (), data: Dataset | None = None) -> Path:
     """Train as cfg says, or go on with the run in cfg.out; return that folder, laid out as README.md tells.
 
     `data`, if given, is taught in place of what cfg describes (splits train, subset, val, ood, and any more);
-    whoever goes on with the run or reads it gives it again. Once `asked` is not empty, the run is saved and
+    whoever goes on with the run or reads it gives it again. Once `stop` is not empty, the run is saved and
     KeyboardInterrupt raised, if this is the only process. Raises ValueError for a loss that is not finite,
     and, with nothing written, for a configuration that cannot be or a folder in the way.
     """
@@ -523,20 +523,20 @@ def train(cfg: Config, resume: bool = False, asked: list = (), data: Dataset | N
     model = make_model(cfg, data).to(device)
     if cfg.start and not (out / "ckpt.pt").exists():
         begin_with(cfg.start, model, data)
-    several, cuda = dist.is_torchelastic_launched(), device.type == "cuda"
-    if several:
+    torchrun, cuda = dist.is_torchelastic_launched(), device.type == "cuda"
+    if torchrun:
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     stepper = Stepper(cfg, data, model)
     if stepper.rank == 0 and not resume:
         begin(cfg, data, device)
     with hold(out) if stepper.rank == 0 else contextlib.redirect_stdout(None):      # one writes and prints
-        loop(stepper, data, out, asked)
-    if several:
+        loop(stepper, data, out, stop)
+    if torchrun:
         dist.destroy_process_group()        # not after an error: it would wait for the others
     return out
 
 
-def loop(stepper: Stepper, data: Dataset, out: Path, asked: list):
+def loop(stepper: Stepper, data: Dataset, out: Path, stop: list):
     """Take the steps that a run still lacks, and evaluate, capture and record on the way; for `train`."""
     cfg, total, per_epoch = stepper.cfg, stepper.total, stepper.per_epoch
     captures = capture_steps(total, cfg.n_captures)
@@ -548,7 +548,7 @@ def loop(stepper: Stepper, data: Dataset, out: Path, asked: list):
         write_rows(out / "metrics.jsonl", rows)         # whatever has become of them
     due = {*range(0, total, cfg.eval_every or total), *captures} - {row["step"] for row in rows}
     stepper.losses.fill_(losses)
-    length = (stepper.tokens != 0).sum().item() / len(stepper.tokens)       # tokens an instance
+    tokens_each = (stepper.tokens != 0).sum().item() / len(stepper.tokens)      # of an instance
     # a graph that spans processes is more than `replayed` sets up
     step = replayed(stepper) if stepper.at.is_cuda and stepper.world == 1 else stepper
     launched = clock = time.perf_counter()              # the clock stops while it is not training
@@ -562,11 +562,11 @@ def loop(stepper: Stepper, data: Dataset, out: Path, asked: list):
                              **evaluate(stepper.model, data, out, at, at in captures), "seconds": seconds})
                 record(stepper, out, at, rows, 0.0, seconds)
                 left = (total - at) * (time.perf_counter() - launched) / (at - first) if at > first else None
-                print_row(rows[-1], total, at * stepper.batch * length / seconds, left)
+                print_row(rows[-1], total, at * stepper.batch * tokens_each / seconds, left)
             clock = time.perf_counter()
         if at == total:
             break
-        if asked and stepper.world == 1:
+        if stop and stepper.world == 1:
             losses = stepper.take_losses()
             record(stepper, out, at, rows, losses, seconds + time.perf_counter() - clock)
             print(f"stopped and saved at step {at}; to go on: python train.py --resume --out {out}")
@@ -587,7 +587,7 @@ def print_header(stepper: Stepper, data: Dataset, n_captures: int):
     print(f"{cfg.out}: {weights:,} parameters, {stepper.total} steps of {stepper.batch} instances on "
           f"{device.type}{' in bfloat16' if stepper.bfloat16 else ''}{shared}; {n_captures} captures, "
           f"{n_captures * size / 1e6:.0f} MB\n\n"
-          "       step  epoch    loss" + "".join(f"{name:>8}" for name in list(data.splits)[1:])
+          "       step  epoch    loss" + "".join(f"{name:>8}" for name in data.splits if name != "train")
           + "  tokens/s    left", flush=True)
 
 
@@ -606,19 +606,19 @@ def main():
     flags.add_argument("--resume", action="store_true", help="go on with the run in --out, as it was begun")
     given = vars(flags.parse_args())
     preset, resume = PRESETS[given.pop("preset")], given.pop("resume")
-    given = {"out": preset.get("out", Config.out), **given}
+    given.setdefault("out", preset.get("out", Config.out))
     cfg = read_config(given["out"]) if resume else Config(**preset)
-    asked = []                      # Ctrl-C asks to save and stop after the step; a second one stops at once
+    stop = []                       # Ctrl-C asks to save and stop after the step; a second one stops at once
 
     def ask(*_):
-        asked.append(True)
+        stop.append(True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     # of several processes, one that stopped after its step would leave the others waiting
-    alone = not dist.is_torchelastic_launched()
-    before = signal.signal(signal.SIGINT, ask if alone else signal.default_int_handler)
+    torchrun = dist.is_torchelastic_launched()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler if torchrun else ask)
     try:
-        train(dataclasses.replace(cfg, **given), resume, asked)
+        train(dataclasses.replace(cfg, **given), resume, stop)
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             raise
