@@ -31,12 +31,12 @@ apply: .venv/made   ## what clusters are good for: pre-training and alignment, t
 
 SEEDS := 0 1 2 3 4
 STUDIES := default shuffled answer same-inputs same-inputs-answer facts facts-shuffled
-# $(call study,NAME,FLAGS): five seeds of a run; its figures, and the numbers that README quotes, in results/NAME
+# $(call study,NAME,FLAGS,FLAGS OF PROBE): five seeds; their figures and README's numbers, in results/NAME
 define study
 	for seed in $(SEEDS); do run=runs/$(1)-$$seed; \
 		$(PY) train.py $(2) --seed $$seed --out $$run $$(test ! -e $$run || echo --resume) || exit; \
-		test -e $$run/probe.jsonl || $(PY) probe.py $$run $(3) || exit; \
-		test -e $$run/patch.jsonl || $(PY) probe.py $$run --patch || exit; done
+		test $$run/probe.jsonl -nt $$run/ckpt.pt || $(PY) probe.py $$run $(3) || exit; \
+		test $$run/patch.jsonl -nt $$run/ckpt.pt || $(PY) probe.py $$run --patch || exit; done
 	$(PY) plot.py $(SEEDS:%=runs/$(1)-%) --out results/$(1)
 endef
 
@@ -54,9 +54,12 @@ results: seeds   ## everything else that README tells: five seeds of all it comp
 		$(PY) plot.py runs/$$demo --out results/$$demo || exit; done
 	$(PY) plot.py $(SEEDS:%=runs/pretrain/seed%/task_id) --out results/task_id
 
-FOUND = $(patsubst %/,%,$(dir $(wildcard runs/*/probe.jsonl runs/*/apply.jsonl)))
+FOUND = $(patsubst %/,%,$(dir $(wildcard runs/*/metrics.jsonl runs/*/apply.jsonl)))
+# those of seeds, like runs/facts-0, are drawn together
+DRAWN = $(strip $(filter-out $(SEEDS:%=\%-%),$(FOUND)))
 figures: .venv/draws ## draw what is in runs/, but for the seeds (installs matplotlib)
-	for run in $(filter-out $(SEEDS:%=\%-%),$(FOUND)); do $(PY) plot.py $$run || exit; done
+	$(if $(DRAWN),,@echo "nothing to draw in runs/: make train probe first")
+	for run in $(DRAWN); do $(PY) plot.py $$run || exit; done
 
 test: .venv/made    ## run the tests
 	$(PY) -m pytest -q test_all.py

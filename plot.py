@@ -5,15 +5,16 @@
     python plot.py runs/s0 runs/s1 runs/s2    runs that differ in their seeds: their mean, and how sure it is
     python plot.py runs/pretrain              a demo of apply.py
 
-Drawn are rows of metrics.jsonl, probe.jsonl, patch.jsonl and apply.jsonl, and for the film strip captures.
-Of several seeds, numbers.csv tells each one's. Colours are those of Okabe & Ito (2008), which the
-colour-blind tell apart; layers go from yellow, the embedding, to dark blue, the top.
+Drawn are the tasks, rows of metrics.jsonl, probe.jsonl, patch.jsonl and apply.jsonl, and for the film strip
+captures. Of several seeds, numbers.csv has each one's numbers. Colours are those of Okabe & Ito (2008), which
+the colour-blind tell apart; layers go from yellow, the embedding, to violet, the top.
 """
 import csv
 import io
 import math
 import random
-from itertools import product
+import textwrap
+from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +27,10 @@ try:
 except ImportError:                 # main says so
     plt = None
 
+from apply import MEASURED
 from data import Flags, Regex, command_line, write
-from probe import LOWER, emergence, load
-from train import kept_steps, read_config, read_data, read_rows
+from probe import LOWER, emergence, read_states
+from train import Config, kept_steps, read_config, read_data, read_rows
 
 STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
          "legend.frameon": False, "svg.hashsalt": "0", "svg.fonttype": "none", "savefig.dpi": 130,
@@ -36,30 +38,28 @@ STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.sp
 MARKERS = "osD^vPX"
 LOOKS = [dict(color=color, marker=marker, ms=4) for color, marker in zip(
     ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"), MARKERS)]
-T_95 = {5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}      # of Student's t with n - 1 degrees
-TITLES = {"f1": "pairwise F1", "matched_f1": "matched F1", "bcubed_f1": "BCubed F1", "nmi": "NMI",
-          "ami": "AMI", "ari": "adjusted Rand index", "nc1": "NC1 (0: collapsed)",
-          "merge_ratio": "merge ratio (0: merged)",
-          "knn_share": "share of 10 neighbours\nwith the same task",
-          "knn_task": "majority of 10 neighbours\nhas the task",
-          "knn_output": "majority of 10 neighbours\nhas the output"}
+T_95 = {5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31}        # of Student's t with n - 1 degrees; then 2.26
+TITLES = {"f1": "pairwise F1", "nc1": "nc1 (0: collapsed)", "merge_ratio": "merge_ratio (0: merged)"}
 NUMBERS = "value", "null_95", "regrouped_95"
 ABOUT = ("measure", "strategy", "n_train", "arm", "b", "position", "identity", "split", "view", "patch",
          "layer", "step")
 
 
 def merge(seeds: list[list[dict]]) -> list[dict]:
-    """The rows that all seeds have, in one: keys of ABOUT, and for each of NUMBERS a list, a place a seed."""
+    """The rows that all seeds have, in one: keys of ABOUT, and for each of NUMBERS a list, a place a seed.
+
+    A row without a measure, of metrics.jsonl or patch.jsonl, becomes one for each number in it.
+    """
     merged = {}
-    for row in (row for rows in seeds for row in rows):
+    for row in chain(*seeds):
         values = {row["measure"]: row["value"]} if "measure" in row else {
             key: row[key] for key in row if key in ("loss", "donor", "right") or key.startswith("acc_")}
         for measure, value in values.items():
             whole = {**row, "measure": measure, "value": value}
-            key = tuple((key, whole[key]) for key in ABOUT if key in whole)
-            merged.setdefault(key, []).append([whole.get(number) for number in NUMBERS])
-    return [{**dict(key), **dict(zip(NUMBERS, map(list, zip(*found))))}
-            for key, found in merged.items() if len(found) == len(seeds)]
+            about = tuple((key, whole[key]) for key in ABOUT if key in whole)
+            merged.setdefault(about, []).append([whole.get(number) for number in NUMBERS])
+    return [{**dict(about), **dict(zip(NUMBERS, map(list, zip(*found))))}
+            for about, found in merged.items() if len(found) == len(seeds)]
 
 
 def select(rows: list[dict], x: str, number: str = "value", **where) -> tuple[list, np.ndarray]:
@@ -72,8 +72,8 @@ def select(rows: list[dict], x: str, number: str = "value", **where) -> tuple[li
 def write_numbers(path: Path, rows: list[dict], seeds: list[int]):
     """Write merged rows as a table, a column a seed; nulls are means.
 
-    Of probe's rows those that README needs, since all would fill megabytes: pairwise F1 through training, the
-    other measures at both ends.
+    All of probe's rows would fill megabytes. Kept are those that README needs: raw F1 of subset and val at
+    every step; of val and ood, at the first and the last, F1 in other views and every raw measure.
     """
     text, last = io.StringIO(), max(row["step"] for row in rows if "step" in row)
     table = csv.writer(text, lineterminator="\n")
@@ -97,11 +97,19 @@ def line(ax, x, values, **look):
     """The mean of values (runs, n); about it its 95 % interval, or all runs if there are fewer than five."""
     n, mean = len(values), values.mean(0)
     ax.plot(x, mean, **look)
-    if n in T_95 or n > 10:
-        half = T_95.get(n, 2) * values.std(0, ddof=1) / math.sqrt(n)
+    if n > 4:
+        half = T_95.get(n, 2.26) * values.std(0, ddof=1) / math.sqrt(n)
         ax.fill_between(x, mean - half, mean + half, color=look["color"], alpha=0.2, lw=0)
     elif n > 1:
         ax.plot(x, values.T, color=look["color"], lw=0.5, alpha=0.5)
+
+
+def curves(ax, rows: list[dict], x: str, by: str, **where):
+    """A line over x for each value of `by`, always in the same look, if any rows are about this."""
+    for value, look in zip(dict.fromkeys(row[by] for row in rows), LOOKS):
+        at, values = select(rows, x, **{by: value}, **where)
+        if at:
+            line(ax, at, values, label=value, **look)
 
 
 def over_steps(ax, last: int):
@@ -117,19 +125,18 @@ def over_steps(ax, last: int):
 # Each yields names and figures: of merged rows, or of what the first run has seen.
 
 
-def draw_data(run):
+def draw_data(data, max_len):
     """Figure 1: the first task, how it is said and what it maps; and what every task maps to what."""
-    data, max_len, rng = read_data(run), read_config(run).max_len, random.Random(0)
-    task, inputs = data.tasks[0], sorted({i for task in data.tasks for i in task.map})
+    task, inputs, rng = data.tasks[0], sorted({i for task in data.tasks for i in task.map}), random.Random(0)
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4.8), width_ratios=(0.8, 1))
     text = []
     for m, pattern in enumerate((*task.distributions, task.held_out)):
         name = f"regex {m}, taught" if m < len(task.distributions) else "held out: never taught (ood)"
         strings = Regex(pattern, max_len).sample(3, rng)
         text += [f"{name}\n   {pattern:.72}", *(f"      {s:.66}" for s in strings), ""]
-    some, said = [*task.map.items()][:5], Regex(task.distributions[0], max_len).unrank(0)
+    some, first = [*task.map.items()][:5], Regex(task.distributions[0], max_len).unrank(0)
     text += ["maps " + ", ".join(f"{i} to {o}" for i, o in some), "", "the network reads, and answers",
-             f"   {said} <sep> {some[0][0]} <ans>   {some[0][1]} <eos>"]
+             f"   {first} <sep> {some[0][0]} <ans>   {some[0][1]} <eos>"]
     left.text(0, 1, "\n".join(text), family="monospace", va="top", fontsize=8, transform=left.transAxes)
     left.set_title(f"One of {len(data.tasks)} tasks, {task.name}: instructions that mean it")
     left.axis("off")
@@ -151,11 +158,11 @@ def draw_training(metrics):
     """Figure 3: loss and accuracies."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
     steps, loss = select(metrics, "step", measure="loss")
-    line(left, steps[1:], loss[:, 1:], color="black")               # step 0 has no loss
+    line(left, steps, loss, color="black")                          # nan at step 0
     left.set(ylabel="nats a token", title="Training loss", ylim=(0, None))
-    for measure, look in zip(dict.fromkeys(row["measure"] for row in metrics[1:]), LOOKS):
-        if measure.startswith("acc_"):
-            line(right, *select(metrics, "step", measure=measure), label=measure[4:], **look)
+    accuracies = dict.fromkeys(row["measure"] for row in metrics if row["measure"] != "loss")
+    for measure, look in zip(accuracies, LOOKS):
+        line(right, *select(metrics, "step", measure=measure), label=measure[4:], **look)
     right.set(ylabel="share of instances answered right", title="Task accuracy", ylim=(-0.02, 1.02))
     right.legend()
     for ax in left, right:
@@ -218,11 +225,9 @@ def draw_events(rows, metrics):
         ax.plot([], [], label=f"layer {layer}", **shade(layer, n))
     steps, accuracies = select(metrics, "step", measure="acc_val")
     for level, dashes in (0.5, ":"), (0.9, "--"):
-        label = f"val accuracy over {level}"
-        for accuracy in accuracies:
-            for step in [step for step, x in zip(steps, accuracy) if x > level][:1]:
-                ax.axvline(step, color="black", ls=dashes, lw=0.8, label=label)
-                label = None
+        passed = [steps[at[0]] for at in map(np.flatnonzero, accuracies > level) if len(at)]
+        ax.vlines(passed, 0, 1, "black", dashes, lw=0.8, label=f"val accuracy over {level}",
+                  transform=ax.get_xaxis_transform())
     ax.set_yticks(range(len(kinds)), [f"{identity}, at `{position}`" for position, identity in kinds])
     ax.set(ylim=(len(kinds) - 0.5, -0.5), title="Pairwise F1, val: from the step since which it is beyond "
            "its null to the first at 90 % of its end")
@@ -231,18 +236,17 @@ def draw_events(rows, metrics):
     yield "events", fig
 
 
-def draw_film(run):
+def draw_film(run, data):
     """States of val, layer by capture: on the first two principal components of the layer's last capture."""
-    data, steps = read_data(run), kept_steps(run)
-    rows = read_rows(run / "metrics.jsonl", "step", "acc_val")
-    accuracy = {row["step"]: row["acc_val"] for row in rows}
+    steps = kept_steps(run)
+    accuracy = {row["step"]: row["acc_val"] for row in read_rows(run / "metrics.jsonl", "step", "acc_val")}
     shown = sorted({min(steps, key=lambda step: abs(step - even)) for even in np.linspace(0, steps[-1], 6)})
     for position in data.splits["val"].positions:
         ids = data.splits["val"].labels(position)
         task, some = ids["task"], np.random.default_rng(0).permutation(len(ids["task"]))[:500]
         regex = np.array([np.unique(ids["distribution"][task == t]).searchsorted(d)
                           for t, d in zip(task[some], ids["distribution"][some])])
-        states = load(run, shown, "val", position, len(task)).float()               # (S, L + 1, n, C)
+        states = read_states(run, shown, "val", position, len(task)).float()               # (S, L + 1, n, C)
         states -= states.mean(2, keepdim=True)
         S, L = states.shape[:2]
         fig, axes = plt.subplots(L, S, squeeze=False, figsize=(1.8 * S, 1.8 * L + 0.5))
@@ -254,12 +258,12 @@ def draw_film(run):
                 for r in range(regex.max() + 1):
                     of = some[regex == r]
                     ax.scatter(*points[of].T, c=task[of], cmap="turbo", vmin=0, vmax=task.max(), s=8, lw=0,
-                               marker=MARKERS[r % 7], rasterized=True)
+                               marker=MARKERS[r % len(MARKERS)], rasterized=True)
                 ax.set(xticks=[], yticks=[], xlim=(-reach, reach), ylim=(-reach, reach))
                 ax.spines[:].set_visible(True)
                 if layer == 0:
                     ax.set_title(f"step {step}\nval accuracy {accuracy.get(step, math.nan):.2f}")
-            for t in range(task.max() + 1) if layer else ():                # colours alone are too many
+            for t in np.unique(task) if layer else ():          # more tasks than colours one can tell apart
                 row[-1].text(*flat[-1][task == t].mean(0), t, ha="center", va="center", fontsize=7)
             row[0].set_ylabel(f"layer {layer}")
         fig.suptitle(f"Unseen instructions, states at `{position}`: a colour and number a task, a marker a "
@@ -273,10 +277,7 @@ def draw_patch(rows):
     fig, axes = plt.subplots(2, len(positions), figsize=(3.4 * len(positions), 5), sharex=True, sharey=True)
     shares = {"donor": "answers the donor's output", "right": "still answers right"}
     for ax, (share, position) in zip(axes.flat, product(shares, positions)):
-        patches = dict.fromkeys(row["patch"] for row in rows if row["position"] == position)
-        for patch, look in zip(patches, LOOKS):
-            where = dict(measure=share, position=position, patch=patch)
-            line(ax, *select(rows, "layer", **where), label=patch, **look)
+        curves(ax, rows, "layer", "patch", measure=share, position=position)
         ax.set(title=f"exchanged at `{position}`", xlabel="layer", ylim=(-0.03, 1.03), ylabel=shares[share])
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.label_outer()
@@ -290,12 +291,10 @@ def draw_patch(rows):
 
 def draw_pretrain(rows):
     """Figure 5b: how soon the tasks are learnt, by what was learnt before."""
-    sizes, strategies = (list(dict.fromkeys(row[key] for row in rows)) for key in ("n_train", "strategy"))
+    sizes = list(dict.fromkeys(row["n_train"] for row in rows))
     fig, axes = plt.subplots(1, len(sizes), figsize=(4.5 * len(sizes), 3.6), sharey=True)
     for ax, n in zip(axes, sizes):
-        for strategy, look in zip(strategies, LOOKS):
-            curve = select(rows, "step", measure="acc_val", strategy=strategy, n_train=n)
-            line(ax, *curve, label=strategy, **look)
+        curves(ax, rows, "step", "strategy", measure="acc_val", n_train=n)
         ax.set(xlabel="step of learning the tasks", title=f"{n} training instructions a regex")
     axes[0].set_ylim(-0.02, 1.02)
     axes[0].set_ylabel("task accuracy, val")
@@ -305,29 +304,23 @@ def draw_pretrain(rows):
 
 def draw_align(rows):
     """What is refused and what kept, by the number of labels."""
-    titles = {"refused_labelled": "refused: unwanted,\nof the labelled regex (val)",
-              "refused_other": "refused: unwanted,\nof its other regexes (val)",
-              "refused_ood": "refused: unwanted,\nof an unseen regex (ood)",
-              "refused_wanted": "refused though wanted\n(val)",
-              "accuracy": "wanted and answered right\n(val)"}
-    arms = [arm for arm in dict.fromkeys(row["arm"] for row in rows) if arm != "base"]
-    fig, axes = plt.subplots(1, len(titles), figsize=(2.4 * len(titles), 3.6), sharey=True)
-    for ax, (measure, title) in zip(axes, titles.items()):
-        for arm, look in zip(arms, LOOKS):
-            budgets, values = select(rows, "b", measure=measure, arm=arm)
-            line(ax, budgets, values, label=arm, **look)
+    rows = [row for row in rows if row["arm"] != "base"]
+    budgets = sorted({row["b"] for row in rows})
+    fig, axes = plt.subplots(1, len(MEASURED), figsize=(2.3 * len(MEASURED), 3.6), sharey=True)
+    for ax, (measure, title) in zip(axes, MEASURED.items()):
+        curves(ax, rows, "b", "arm", measure=measure)
         ax.set_xscale("log", base=2)
         ax.set_xticks(budgets, map(str, budgets))
-        ax.set(xlabel="labels a task, b", title=title, ylim=(-0.03, 1.03))
+        ax.set(xlabel="labels a task, b", title=textwrap.fill(title, 26), ylim=(-0.03, 1.03))
     axes[0].set_ylabel("share of instances")
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(arms))
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(LOOKS))
     yield "align", fig
 
 
 # ---------------------------------------------------------------- all of them
 
 
-def told(seeds: list[int]) -> str:
+def of_seeds(seeds: list[int]) -> str:
     """Which seeds a figure shows, and how."""
     how = "" if len(seeds) == 1 else ": mean, and each" if len(seeds) < 5 else ": mean, and its 95 % interval"
     return f"seed {', '.join(map(str, seeds))}{how}"
@@ -344,6 +337,47 @@ def save(figures, out: Path, caption: str):
         print(out / f"{name}.png")
 
 
+def draw_demo(folder: Path, out: Path):
+    """Draw a demo of apply.py; return the merged rows and the seeds."""
+    rows = read_rows(folder / "apply.jsonl", "seed", "measure", "value")
+    seeds = list(dict.fromkeys(row["seed"] for row in rows))
+    draw = draw_align if "arm" in rows[0] else draw_pretrain
+    rows = merge([[row for row in rows if row["seed"] == seed] for seed in seeds])
+    save(draw(rows), out, f"apply.py {draw.__name__[5:]}\n" + of_seeds(seeds))
+    return rows, seeds
+
+
+def draw_runs(runs: list[Path], out: Path):
+    """Draw runs that differ in their seeds; return the merged rows and the seeds.
+
+    Raises ValueError if they differ in more, or have nothing in common.
+    """
+    seeds, knobs = [read_config(run).seed for run in runs], [
+        {key: x for key, x in vars(read_config(run)).items() if key not in ("out", "start", "device")
+         and not key.endswith("seed")} for run in runs]
+    if any(some != knobs[0] for some in knobs):
+        raise ValueError("runs that are drawn as one may differ in their seeds only")
+    changed = [f"{key} {x}" for key, x in knobs[0].items() if x != getattr(Config, key)]
+    what = (", ".join(changed) or "the default run") + "\n"
+    metrics, probed, patched = (
+        merge([read_rows(run / name, "step" if name == "metrics.jsonl" else "position") for run in runs])
+        if all((run / name).exists() for run in runs) else []
+        for name in ("metrics.jsonl", "probe.jsonl", "patch.jsonl"))
+    if not metrics:
+        raise ValueError(f"{', '.join(map(str, runs))}: no evaluation in common, train them first")
+    data = read_data(runs[0])
+    if knobs[0]["asks_for"] == "output" and not knobs[0]["shuffle_tasks"]:          # else it would be wrong
+        save(draw_data(data, knobs[0]["max_len"]), out, what + of_seeds(seeds[:1]))
+    save(draw_film(runs[0], data), out, what + of_seeds(seeds[:1]))
+    save(draw_training(metrics), out, what + of_seeds(seeds))
+    if probed:
+        save(draw_measures(probed), out, what + of_seeds(seeds))
+        save(draw_events(probed, metrics), out, what + f"a bar a seed, {len(seeds)} in all")
+    if patched:
+        save(draw_patch(patched), out, what + of_seeds(seeds))
+    return metrics + probed + patched, seeds
+
+
 def main():
     """Draw runs that differ in their seeds, or a demo of apply.py."""
     flags = Flags(description=main.__doc__)
@@ -354,29 +388,7 @@ def main():
         raise ValueError("matplotlib is missing: make figures installs it")
     runs, out = given.runs, given.out or given.runs[0] / "figures"
     plt.rcParams.update(STYLE)
-    if (runs[0] / "apply.jsonl").exists():
-        rows = read_rows(runs[0] / "apply.jsonl", "seed", "measure", "value")
-        seeds, draw = list(dict.fromkeys(row["seed"] for row in rows)), draw_pretrain
-        if "arm" in rows[0]:
-            draw = draw_align
-        rows = merge([[row for row in rows if row["seed"] == seed] for seed in seeds])
-        save(draw(rows), out, f"apply.py {draw.__name__[5:]}\n" + told(seeds))
-    else:
-        cfg, seeds = read_config(runs[0]), [read_config(run).seed for run in runs]
-        tasks = cfg.tasks or f"{cfg.n_tasks} tasks of {cfg.n_distributions} regexes"
-        what = f"{tasks}, {cfg.n_layer} blocks of width {cfg.n_embd}, {cfg.optimizer}, loss on {cfg.loss_on}\n"
-        metrics, probed, patched = (
-            merge([read_rows(run / name, "step" if name == "metrics.jsonl" else "position") for run in runs])
-            if all((run / name).exists() for run in runs) else []
-            for name in ("metrics.jsonl", "probe.jsonl", "patch.jsonl"))
-        rows = metrics + probed + patched
-        save([*draw_data(runs[0]), *draw_film(runs[0])], out, what + told(seeds[:1]))
-        save(draw_training(metrics), out, what + told(seeds))
-        if probed:
-            save(draw_measures(probed), out, what + told(seeds))
-            save(draw_events(probed, metrics), out, what + f"a bar a seed, {len(seeds)} in all")
-        if patched:
-            save(draw_patch(patched), out, what + told(seeds))
+    rows, seeds = draw_demo(runs[0], out) if (runs[0] / "apply.jsonl").exists() else draw_runs(runs, out)
     if len(seeds) > 1:
         write_numbers(out / "numbers.csv", rows, seeds)
 

@@ -6,7 +6,8 @@
     python probe.py runs/default --patch                  exchange states: is the answer read from them?
 
 Figures 2 and 4 of the paper, and controls. Beside every score stands its null, the same score for permuted
-labels; step 0 is the untrained network, layer 0 has not seen the instruction, and position `surface` is no
+labels, and for clusterings by task a harder one, regrouped: regexes stay whole and are dealt to tasks at
+random. Step 0 is the untrained network, layer 0 has not seen the instruction, and position `surface` is no
 network at all. The paper does not say which F1 it means: ours counts pairs of points. Nothing is centred or
 scaled unless --view says so, and k is the number of classes.
 
@@ -436,7 +437,7 @@ VIEWS = {       # what is done to the states (..., n, C) of a split, whose ident
 }
 
 
-def load(run: str | Path, steps: list[int], split: str, position: str, n: int) -> torch.Tensor:
+def read_states(run: str | Path, steps: list[int], split: str, position: str, n: int) -> torch.Tensor:
     """The states (S, L + 1, n, C) of a split at a position, float16. Raises ValueError for a damaged file."""
     name, states = f"{split}/{position}", []
     for step in steps:
@@ -545,7 +546,8 @@ def probe(run: str | Path, views=("raw",)) -> list[dict]:
     for done, (view, position, split) in enumerate(parts):
         progress(f"{done} of {len(parts)} parts probed; now {view} states at {position} of {split}")
         ids, at = labels[position][split], [0] if position == "surface" else steps
-        states = bags[split] if position == "surface" else load(run, steps, split, position, len(ids["task"]))
+        states = (bags[split] if position == "surface" else
+                  read_states(run, steps, split, position, len(ids["task"])))
         states = states.to(device)
         if view != "raw":               # which may stay float16, half the memory
             states = VIEWS[view](states.float(), ids)
@@ -561,8 +563,10 @@ def probe(run: str | Path, views=("raw",)) -> list[dict]:
 
 
 def emergence(steps: list[int], values, null) -> tuple[int, int] | None:
-    """The first step from which on values are beyond null for good, and the first from there on at which they
-    are at 90 % of their end. None if they are not beyond null at the end."""
+    """The first step since which values stay beyond null, and the first from there on at 90 % of their end.
+
+    None if they are not beyond null at the end.
+    """
     beyond = [x > bound for x, bound in zip(values, null)]
     since = len(beyond) - beyond[::-1].index(False) if False in beyond else 0
     return next(((steps[since], step) for step, x in zip(steps[since:], values[since:])
@@ -585,14 +589,15 @@ def print_report(run: str | Path, rows: list[dict], beside: list[dict] = ()):
                                          for row in at)
                   + (f"   null {at[-1]['null_95']:.2f}" if bound and at[-1]["null_95"] is not None else ""))
 
+    shades = "·░▒▓█" if "█".encode(sys.stdout.encoding or "ascii", "ignore") else ".-+*#"
+
     def shade(value, null=0):
         return "-" if value is None else shades[0 if value <= null else 1 + min(3, int(4 * value))]
 
     here, there = val(rows), val(beside)
     steps, layers = (sorted({row[key] for row in rows if row["position"] != "surface"})
                      for key in ("step", "layer"))
-    metrics = read_rows(Path(run) / "metrics.jsonl", "step", "acc_val")
-    accuracy = {row["step"]: row["acc_val"] for row in metrics}
+    accuracy = {row["step"]: row["acc_val"] for row in read_rows(f"{run}/metrics.jsonl", "step", "acc_val")}
     scored = list(dict.fromkeys(key[:3] for key in here))
     numbers = "layer" + "".join(f"{layer:2}      " for layer in layers)
     for key in (key for key in scored if key[1:] == ("task", "f1") and key[0] != "surface"):
@@ -607,13 +612,13 @@ def print_report(run: str | Path, rows: list[dict], beside: list[dict] = ()):
         line("  the run beside, at its end", *key, max((key[3] for key in there), default=0), of=there)
 
     print(f"\nThe other scores, val, step {steps[-1]} (of nc1 and merge_ratio less is more). At the end\n"
-          f"the null of the last layer    {numbers}")
+          f"last layer, permuted, 95 %    {numbers}")
     for position, identity, measure in scored:
         if measure == "f1" or measure.startswith("knn") or (position, identity) == ("instruction", "task"):
             at = 0 if position == "surface" else steps[-1]
             line(f"{position} {identity} {measure}", position, identity, measure, at, of=here, bound=True)
 
-    first = (next((step for step, x in accuracy.items() if x > level), "no step") for level in (0.5, 0.9))
+    first = (next((step for step, x in accuracy.items() if x > level), "-") for level in (0.5, 0.9))
     print("\nWhat comes first, the cluster or the answer? Val accuracy passes 0.5 at step {}, 0.9 at {}.\n"
           "Pairwise F1: from which step on it is beyond its null (task: regrouped) / is at 90 % of its end"
           .format(*first) + f"\n{'':30}{numbers}")
@@ -626,12 +631,11 @@ def print_report(run: str | Path, rows: list[dict], beside: list[dict] = ()):
                 cells.append("{}/{}".format(*both) if both else "-")
             print(f"{position + ' ' + identity:30}" + "".join(f"{cell:>8}" for cell in cells))
 
-    shades = "·░▒▓█" if "█".encode(sys.stdout.encoding or "ascii", "ignore") else ".-+*#"
     every = math.ceil(len(steps) / max(1, (shutil.get_terminal_size().columns - 9) // 2))
     shown = steps[::-1][::every][::-1]
     print(f"\nAt a glance: pairwise F1 of task, val, a column a capture, steps {shown[0]} to {shown[-1]}.\n"
           f"{shades[0]} within its null, regrouped; beyond it {shades[1]}, from 0.25 {shades[2]}, "
-          f"0.5 {shades[3]}, 0.75 {shades[4]}; accuracy likewise")
+          f"0.5 {shades[3]}, 0.75 {shades[4]}; of accuracy, {shades[0]} is 0")
     for key in (key for key in scored if key[1:] == ("task", "f1") and key[0] != "surface"):
         print(f"at `{key[0]}`")
         for layer in reversed(layers):
@@ -644,7 +648,7 @@ def print_report(run: str | Path, rows: list[dict], beside: list[dict] = ()):
 
 
 def donors(split: Split, read: dict[str, np.ndarray], tasks: set[int], seed: int) -> np.ndarray:
-    """(N,): for each prompt another with its input, its columns and another output; -1 if there is none.
+    """(N,): for each prompt one of its input and columns, and another output; -1 if there is none.
 
     Both are of these tasks.
     """

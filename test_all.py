@@ -2218,8 +2218,8 @@ def test_slow_a_block_that_averages_trains_and_is_probed_beside_the_other(fork):
     assert float(do("", "-c", check)) < 1e-5
 
 
-# Numbers that README quotes are those of results/. results/quoted.txt has each line of README that quotes some,
-# with {STUDY key=value ...} in their place; a word without = is another column than the seeds, or `mean`.
+# Numbers that README quotes are those of results/. results/quoted.txt has each line of README that quotes
+# some, with {STUDY key=value ...} in their place; a word without = is a column, or `mean`.
 
 
 @functools.cache
