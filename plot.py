@@ -127,30 +127,32 @@ def over_steps(ax, last: int):
 
 def draw_data(data, max_len):
     """Figure 1: the first task, how it is said and what it maps; and what every task maps to what."""
-    task, inputs, rng = data.tasks[0], sorted({i for task in data.tasks for i in task.map}), random.Random(0)
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4.8), width_ratios=(0.8, 1))
-    text = []
+    task, rng, text = data.tasks[0], random.Random(0), []
     for m, pattern in enumerate((*task.distributions, task.held_out)):
         name = f"regex {m}, taught" if m < len(task.distributions) else "held out: never taught (ood)"
         strings = Regex(pattern, max_len).sample(3, rng)
-        text += [f"{name}\n   {pattern:.72}", *(f"      {s:.66}" for s in strings), ""]
+        text += [f"{name}\n   {pattern:.66}", *(f"      {s:.63}" for s in strings), ""]
     some, first = [*task.map.items()][:5], Regex(task.distributions[0], max_len).unrank(0)
-    text += ["maps " + ", ".join(f"{i} to {o}" for i, o in some), "", "the network reads, and answers",
-             f"   {first} <sep> {some[0][0]} <ans>   {some[0][1]} <eos>"]
+    text += [*textwrap.wrap("maps " + ", ".join(f"{i} to {o}" for i, o in some), 69), "", "the network reads",
+             f"   {first} <sep> {some[0][0]} <ans>", f"and answers\n   {some[0][1]} <eos>"]
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 0.17 * "\n".join(text).count("\n")),
+                                      width_ratios=(0.8, 1))
     left.text(0, 1, "\n".join(text), family="monospace", va="top", fontsize=8, transform=left.transAxes)
-    left.set_title(f"One of {len(data.tasks)} tasks, {task.name}: instructions that mean it")
+    left.set_title(f"One of {len(data.tasks)} tasks, {task.name}, and how it is said", loc="left")
     left.axis("off")
+    inputs = list(dict.fromkeys(i for task in data.tasks for i in task.map))
+    inputs = sorted(inputs) if len(inputs) <= 20 else inputs
     outputs = dict.fromkeys(output for task in data.tasks for output in task.map.values())
     number = {output: n for n, output in enumerate(outputs)}
     table = np.array([[number.get(task.map.get(i), math.nan) for i in inputs] for task in data.tasks])
     right.imshow(table, cmap="cividis", aspect="auto", interpolation="nearest")
-    if table.size <= 400:
+    if len(inputs) <= 20:
         for t, i in zip(*np.nonzero(~np.isnan(table))):
             right.text(i, t, data.tasks[t].map[inputs[i]], ha="center", va="center", fontsize=7,
                        color="white" if table[t, i] < len(number) / 2 else "black")
         right.set_xticks(range(len(inputs)), inputs)
     right.set_yticks(range(len(data.tasks)), [task.name for task in data.tasks])
-    right.set(xlabel="input", ylabel="task", title="The output, by task and input (blank: not its input)")
+    right.set(xlabel="input", ylabel="task", title="The output, by task and input (blank: none)")
     yield "data", fig
 
 
