@@ -99,7 +99,7 @@ def line(ax, x, values, **look):
     ax.plot(x, mean, **look)
     if n > 4:
         half = T_95.get(n, 2.26) * values.std(0, ddof=1) / math.sqrt(n)
-        ax.fill_between(x, mean - half, mean + half, color=look["color"], alpha=0.2, lw=0)
+        ax.fill_between(x, mean - half, mean + half, color=look["color"], alpha=0.15, lw=0)
     elif n > 1:
         ax.plot(x, values.T, color=look["color"], lw=0.5, alpha=0.5)
 
@@ -308,14 +308,15 @@ def draw_align(rows):
     """What is refused and what kept, by the number of labels."""
     rows = [row for row in rows if row["arm"] != "base"]
     budgets = sorted({row["b"] for row in rows})
-    fig, axes = plt.subplots(1, len(MEASURED), figsize=(2.3 * len(MEASURED), 3.6), sharey=True)
-    for ax, (measure, title) in zip(axes, MEASURED.items()):
+    fig, axes = plt.subplots(2, 3, figsize=(9, 6), sharey=True, sharex=True)
+    for ax, (measure, title) in zip(axes.flat, MEASURED.items()):
         curves(ax, rows, "b", "arm", measure=measure)
         ax.set_xscale("log", base=2)
         ax.set_xticks(budgets, map(str, budgets))
-        ax.set(xlabel="labels a task, b", title=textwrap.fill(title, 26), ylim=(-0.03, 1.03))
-    axes[0].set_ylabel("share of instances")
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(LOOKS))
+        ax.set(xlabel="labels a task, b", ylabel="share of instances", title=textwrap.fill(title, 32),
+               ylim=(-0.03, 1.03))
+        ax.label_outer()
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
     yield "align", fig
 
 
