@@ -192,8 +192,8 @@ def draw_measures(rows):
             for number, grey, null in (("regrouped_95", "0.88", "regexes\nregrouped"),
                                        ("null_95", "0.75", "labels\npermuted")):
                 edge = np.array([select(mine, "step", number, layer=layer, **where)[1].mean(0)
-                                 for layer in layers])
-                if not np.isnan(edge).all():        # of the layers' nulls, the one that is hardest to beat
+                                 for layer in layers[1:]])      # layer 0 has seen too little to matter
+                if not np.isnan(edge).all():        # of their nulls, the one that is hardest to beat
                     best, far = (np.nanmin, 99) if measure in LOWER else (np.nanmax, 0)
                     ax.fill_between(steps, best(edge, 0), far, color=grey, lw=0, zorder=0,
                                     label=f"null: {null}, 95 %")
@@ -231,8 +231,8 @@ def draw_events(rows, metrics):
         ax.vlines(passed, 0, 1, "black", dashes, lw=0.8, label=f"val accuracy over {level}",
                   transform=ax.get_xaxis_transform())
     ax.set_yticks(range(len(kinds)), [f"{identity}, at `{position}`" for position, identity in kinds])
-    ax.set(ylim=(len(kinds) - 0.5, -0.5), title="Pairwise F1, val: from the step since which it is beyond "
-           "its null to the first at 90 % of its end")
+    ax.set(ylim=(len(kinds) - 0.5, -0.5), title="Since when is pairwise F1 on val beyond its null (left "
+           "end), and when at 90 % of its last value (right end)?")
     over_steps(ax, steps[-1])
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     yield "events", fig
