@@ -30,20 +30,22 @@ apply: .venv/made   ## what clusters are good for: pre-training and alignment, t
 	$(PY) apply.py align
 
 SEEDS := 0 1 2 3 4
+# make results RESULTS=results replaces what git keeps
+RESULTS ?= runs/results
 STUDIES := default shuffled answer same-inputs same-inputs-answer facts facts-shuffled
-# $(call study,NAME,FLAGS,FLAGS OF PROBE): five seeds; their figures and README's numbers, in results/NAME
+# $(call study,NAME,FLAGS,FLAGS OF PROBE): five seeds; their figures, and numbers as README's, in RESULTS/NAME
 define study
 	for seed in $(SEEDS); do run=runs/$(1)-$$seed; \
 		$(PY) train.py $(2) --seed $$seed --out $$run $$(test ! -e $$run || echo --resume) || exit; \
 		test $$run/probe.jsonl -nt $$run/ckpt.pt || $(PY) probe.py $$run $(3) || exit; \
 		test $$run/patch.jsonl -nt $$run/ckpt.pt || $(PY) probe.py $$run --patch || exit; done
-	$(PY) plot.py $(SEEDS:%=runs/$(1)-%) --out results/$(1)
+	$(PY) plot.py $(SEEDS:%=runs/$(1)-%) --out $(RESULTS)/$(1)
 endef
 
-seeds: .venv/draws  ## five seeds of the default run, for means and bands: README's main numbers and figures
-	$(call study,default,,--view raw centred standardised)
+seeds: .venv/draws  ## five seeds of the default run, for means and bands, into runs/results/default
+	$(call study,default,,--view raw centred)
 
-results: seeds   ## everything else that README tells: five seeds of all it compares, in two hours
+results: seeds   ## five seeds of all else in README's tables of results, in two hours
 	$(call study,shuffled,--shuffle-tasks)
 	$(call study,answer,--loss-on answer)
 	$(call study,same-inputs,--n-inputs 5)
@@ -51,13 +53,13 @@ results: seeds   ## everything else that README tells: five seeds of all it comp
 	$(call study,facts,--preset facts)
 	$(call study,facts-shuffled,--preset facts --shuffle-tasks)
 	for demo in pretrain align; do $(PY) apply.py $$demo --seeds $(SEEDS) || exit; \
-		$(PY) plot.py runs/$$demo --out results/$$demo || exit; done
-	$(PY) plot.py $(SEEDS:%=runs/pretrain/seed%/task_id) --out results/task_id
+		$(PY) plot.py runs/$$demo --out $(RESULTS)/$$demo || exit; done
+	$(PY) plot.py $(SEEDS:%=runs/pretrain/seed%/task_id) --out $(RESULTS)/task_id
 
 FOUND = $(patsubst %/,%,$(dir $(wildcard runs/*/metrics.jsonl runs/*/apply.jsonl)))
-# those of seeds, like runs/facts-0, are drawn together
-DRAWN = $(strip $(filter-out $(SEEDS:%=\%-%),$(FOUND)))
-figures: .venv/draws ## draw what is in runs/, but for the seeds (installs matplotlib)
+# five seeds are drawn together, by the rules above
+DRAWN = $(strip $(filter-out $(foreach study,$(STUDIES),$(SEEDS:%=runs/$(study)-%)),$(FOUND)))
+figures: .venv/draws ## draw what is in runs/, but for the five seeds (installs matplotlib)
 	$(if $(DRAWN),,@echo "nothing to draw in runs/: make train probe first")
 	for run in $(DRAWN); do $(PY) plot.py $$run || exit; done
 

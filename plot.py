@@ -14,7 +14,7 @@ import io
 import math
 import random
 import textwrap
-from itertools import chain, product
+from itertools import chain, cycle, product
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +48,7 @@ ABOUT = ("measure", "strategy", "n_train", "arm", "b", "position", "identity", "
 def merge(seeds: list[list[dict]]) -> list[dict]:
     """The rows that all seeds have, in one: keys of ABOUT, and for each of NUMBERS a list, a place a seed.
 
-    A row without a measure, of metrics.jsonl or patch.jsonl, becomes one for each number in it.
+    A row without a measure, of metrics.jsonl or patch.jsonl, becomes one for each loss, accuracy or share.
     """
     merged = {}
     for row in chain(*seeds):
@@ -106,7 +106,7 @@ def line(ax, x, values, **look):
 
 def curves(ax, rows: list[dict], x: str, by: str, **where):
     """A line over x for each value of `by`, always in the same look, if any rows are about this."""
-    for value, look in zip(dict.fromkeys(row[by] for row in rows), LOOKS):
+    for value, look in zip(dict.fromkeys(row[by] for row in rows), cycle(LOOKS)):
         at, values = select(rows, x, **{by: value}, **where)
         if at:
             line(ax, at, values, label=value, **look)
@@ -360,11 +360,13 @@ def draw_runs(runs: list[Path], out: Path):
          and not key.endswith("seed")} for run in runs]
     if any(some != knobs[0] for some in knobs):
         raise ValueError("runs that are drawn as one may differ in their seeds only")
+    if len({*seeds}) < len(seeds):
+        raise ValueError("runs that are drawn as one must differ in --seed")
     changed = [f"{key} {x}" for key, x in knobs[0].items() if x != getattr(Config, key)]
     what = (", ".join(changed) or "the default run") + "\n"
     metrics, probed, patched = (
         merge([read_rows(run / name, "step" if name == "metrics.jsonl" else "position") for run in runs])
-        if all((run / name).exists() for run in runs) else []
+        if any((run / name).exists() for run in runs) else []
         for name in ("metrics.jsonl", "probe.jsonl", "patch.jsonl"))
     if not metrics:
         raise ValueError(f"{', '.join(map(str, runs))}: no evaluation in common, train them first")
@@ -373,7 +375,7 @@ def draw_runs(runs: list[Path], out: Path):
         save(draw_data(data, knobs[0]["max_len"]), out, what + of_seeds(seeds[:1]))
     save(draw_film(runs[0], data), out, what + of_seeds(seeds[:1]))
     save(draw_training(metrics), out, what + of_seeds(seeds))
-    if probed:
+    if any(row["view"] == "raw" for row in probed):
         save(draw_measures(probed), out, what + of_seeds(seeds))
         save(draw_events(probed, metrics), out, what + f"a bar a seed, {len(seeds)} in all")
     if patched:

@@ -563,7 +563,7 @@ def probe(run: str | Path, views=("raw",)) -> list[dict]:
 
 
 def emergence(steps: list[int], values, null) -> tuple[int, int] | None:
-    """The first step since which values stay beyond null, and the first from there on at 90 % of their end.
+    """The first step since which values stay beyond null, and the first from there on at 90 % of the last.
 
     None if they are not beyond null at the end.
     """

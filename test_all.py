@@ -58,8 +58,15 @@ def section(title):
     return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
-FORKS = re.findall(r"```diff\n(.*?)```\n+```bash\n(.*?)```", section("Ask your own question"), re.S)
-WORDS = json.loads("".join(line[1:] for line in FORKS[2][0].splitlines()[3:]))
+WORDS = {"tokens": "words", "tasks": [      # the example of README, too
+    {"name": "young", "map": {"dog": "puppy", "cow": "calf", "guinea pig": "pup"}, "distributions": [
+        "(What|Which) (word|name) do (we|you|they|farmers) (use|have) for its young\\?",
+        "(Name|Give|State) (the |its )?(baby|offspring|little one)( name)?(, please)?\\."],
+     "held_out": "(Name|Give|State) (the|one|its) young( one)?( of it)?\\."},
+    {"name": "sound", "map": {"dog": "bark", "cow": "moo", "guinea pig": "wheek"}, "distributions": [
+        "(What|Which) (sound|noise) (does|would|can) (it|this one|that one) make\\?",
+        "(the |its )?(call|voice|cry)( here)?( wanted| needed|, please)?:?"],
+     "held_out": "(Name|Give|State) (the|one|its) (sound|noise|call|voice)( of it)?\\."}]}
 
 
 @pytest.fixture
@@ -1421,7 +1428,7 @@ def test_what_emerges_stays_beyond_its_null_and_then_comes_near_its_end():
 
 @pytest.mark.parametrize("columns, encoding", [(200, "utf-8"), (30, "utf-8"), (80, "ascii")])
 def test_the_heat_table_shows_the_scores_in_any_terminal(run, columns, encoding, monkeypatch):
-    rows = lines(run / "probe.jsonl") if (run / "probe.jsonl").exists() else probe.probe(run)
+    rows = probe.probe(run)
     out = io.TextIOWrapper(io.BytesIO(), encoding, errors="replace")
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setattr(sys, "stdout", out)
@@ -2148,31 +2155,37 @@ def test_line_counts_of_the_readme_are_right_and_its_pictures_there():
     counts = dict(re.findall(r"\| `(\w+\.py)` \| (\d+) \|", section("Read it")))
     assert {name: int(n) for name, n in counts.items()} == {
         path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in HERE.glob("*.py")}
+    assert not re.search(r"[A-Z]{4,}TIME|\{[\w-]+ [^{}]*=", README)           # what is to be filled in yet
     pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", README)
     assert len(pictures) > 7 and all((HERE / name).stat().st_size > 10_000 for name in pictures)
 
 
 @pytest.fixture
 def fork(tmp_path, run):
-    """Apply a diff of README to a copy of the project; return what runs a command there."""
-    def make(diff):
+    """Apply a diff of README to a copy of the project; return the folder, what runs there, and commands."""
+    def make(number):
+        found = re.findall(r"```diff\n(.*?)```\n+```bash\n(.*?)```", section("Ask your own question"), re.S)
+        diff, then = found[number]
         changed = [line for line in diff.splitlines() if re.match(r"[-+](?!--|\+\+)", line)]
         assert 0 < len(changed) <= 10 and max(map(len, changed)) <= 120
         for path in [*HERE.glob("*.py"), HERE / "facts.json"]:
             shutil.copy(path, tmp_path)
-        subprocess.run(["git", "apply", "-"], input=diff, text=True, cwd=tmp_path, check=True)
+        for check in ["--reverse", "--check"], []:
+            applied = subprocess.run(["git", "apply", *check, "-"], input=diff, text=True, cwd=tmp_path)
+            if check and applied.returncode == 0:
+                pytest.skip("this is that fork")
+        assert applied.returncode == 0
         shutil.copytree(run, tmp_path / "runs" / "default")
         for step in probe.kept_steps(run)[:-1]:               # the last is enough
             train.capture_path(tmp_path / "runs" / "default", step).unlink()
         return tmp_path, lambda *command: subprocess.run(
             [sys.executable, *command[1:]], cwd=tmp_path, check=True, capture_output=True, text=True,
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}).stdout
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}).stdout, commands(f"```bash\n{then}```")
     return make
 
 
 def test_slow_a_new_identity_needs_one_line_and_no_new_run(fork, run):
-    here, do = fork(FORKS[0][0])
-    [command] = commands(f"```bash\n{FORKS[0][1]}```")
+    here, do, [command] = fork(0)
     assert "instruction letter f1" in do(*command)
     rows = [row for row in lines(here / "runs/default/probe.jsonl") if row["identity"] == "letter"]
     assert {row["position"] for row in rows} == {"instruction", "answer", "surface"}
@@ -2184,8 +2197,7 @@ def test_slow_a_new_identity_needs_one_line_and_no_new_run(fork, run):
 
 
 def test_slow_a_new_measure_needs_a_function_and_a_name(fork):
-    here, do = fork(FORKS[1][0])
-    [command] = commands(f"```bash\n{FORKS[1][1]}```")
+    here, do, [command] = fork(1)
     assert "instruction task fm" in do(*command)
     rows = lines(here / "runs/default/probe.jsonl")
     assert {"fm", "f1"} <= {row["measure"] for row in rows}
@@ -2194,8 +2206,8 @@ def test_slow_a_new_measure_needs_a_function_and_a_name(fork):
 
 
 def test_slow_the_tasks_file_of_the_readme_is_learnt_and_probed(fork):
-    here, do = fork(FORKS[2][0])
-    look, learn, score = commands(f"```bash\n{FORKS[2][1]}```")
+    here, do, (look, learn, score) = fork(2)
+    assert json.loads((here / "mine.json").read_text()) == WORDS
     assert "task young maps dog to puppy, cow to calf" in do(*look)
     do(*learn, "--n-captures=1")
     assert lines(here / "runs/mine/metrics.jsonl")[-1]["acc_val"] > 0.95
@@ -2206,9 +2218,8 @@ def test_slow_the_tasks_file_of_the_readme_is_learnt_and_probed(fork):
 
 
 def test_slow_a_block_that_averages_trains_and_is_probed_beside_the_other(fork):
-    here, do = fork(FORKS[3][0])
+    here, do, (learn, score) = fork(3)
     do("python", "probe.py", "runs/default")
-    learn, score = commands(f"```bash\n{FORKS[3][1]}```")
     do(*learn, *as_flags({**TINY, "epochs": 1, "n_captures": 1}))
     assert "the run beside, at its end" in do(*score)
     check = ("import torch, model; a = model.Attention(model.ModelConfig(9, 9, n_embd=8, n_head=2)).eval();"
@@ -2218,8 +2229,8 @@ def test_slow_a_block_that_averages_trains_and_is_probed_beside_the_other(fork):
     assert float(do("", "-c", check)) < 1e-5
 
 
-# Numbers that README quotes are those of results/. results/quoted.txt has each line of README that quotes
-# some, with {STUDY key=value ...} in their place; a word without = is a column, or `mean`.
+# Numbers that README quotes are those of results/. results/quoted.txt has the rows of its tables of results
+# and lines of its text, with {STUDY key=value ...} in their place; a word without = is a column, or `mean`.
 
 
 @functools.cache
