@@ -33,14 +33,15 @@ SEEDS := 0 1 2 3 4
 # make results RESULTS=results replaces what git keeps
 RESULTS ?= runs/results
 STUDIES := default shuffled answer same-inputs same-inputs-answer facts facts-shuffled
-# $(call study,NAME,FLAGS,FLAGS OF PROBE): five seeds; their figures, and numbers as README's, in RESULTS/NAME
+# $(call study,NAME,FLAGS,PROBE'S FLAGS): five seeds, two at once; figures and README's numbers, in RESULTS/NAME
 define study
-	for seed in $(SEEDS); do run=runs/$(1)-$$seed; \
-		$(PY) train.py $(2) --seed $$seed --out $$run $$(test ! -e $$run || echo --resume) || exit; \
-		test $$run/probe.jsonl -nt $$run/ckpt.pt || $(PY) probe.py $$run $(3) || exit; \
-		test $$run/patch.jsonl -nt $$run/ckpt.pt || $(PY) probe.py $$run --patch || exit; done
+	$(MAKE) --no-print-directory --jobs 2 $(SEEDS:%=runs/$(1)-%/patch.jsonl) TRAIN="$(2)" PROBE="$(3)"
 	$(PY) plot.py $(SEEDS:%=runs/$(1)-%) --out $(RESULTS)/$(1)
 endef
+runs/%/patch.jsonl:
+	$(PY) train.py $(TRAIN) --seed $(lastword $(subst -, ,$*)) --out runs/$* $(if $(wildcard runs/$*),--resume)
+	$(PY) probe.py runs/$* $(PROBE)
+	$(PY) probe.py runs/$* --patch
 
 seeds: .venv/draws  ## five seeds of the default run, for means and bands, into runs/results/default
 	$(call study,default,,--view raw centred)
@@ -68,7 +69,7 @@ test: .venv/made    ## run the tests
 
 clean:           ## remove .venv, caches and the runs made by this file
 	rm -rf .venv .pytest_cache .hypothesis __pycache__ \
-		runs/default runs/quick runs/shuffled runs/facts runs/pretrain runs/align \
+		runs/default runs/quick runs/shuffled runs/facts runs/pretrain runs/align runs/results \
 		$(foreach study,$(STUDIES),$(SEEDS:%=runs/$(study)-%))
 
 .venv/made: requirements.txt
