@@ -33,7 +33,7 @@ SEEDS := 0 1 2 3 4
 # make results RESULTS=results replaces what git keeps
 RESULTS ?= runs/results
 STUDIES := default shuffled answer same-inputs same-inputs-answer facts facts-shuffled
-# $(call study,NAME,FLAGS,PROBE'S FLAGS): five seeds, two at once; figures and README's numbers, in RESULTS/NAME
+# $(call study,NAME,FLAGS,PROBE'S FLAGS): five seeds, two at once; then figures and numbers in RESULTS/NAME
 define study
 	$(MAKE) --no-print-directory --jobs 2 $(SEEDS:%=runs/$(1)-%/patch.jsonl) TRAIN="$(2)" PROBE="$(3)"
 	$(PY) plot.py $(SEEDS:%=runs/$(1)-%) --out $(RESULTS)/$(1)
