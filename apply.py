@@ -143,7 +143,7 @@ def print_pretrain(out: Path, rows: list[dict]):
 
 BUDGETS = 1, 2, 4, 8, 16        # b, labelled instructions of each unwanted task
 BASE = dict(n_val=6, n_captures=1)
-ALIGN = dict(n_val=6, batch_size=64, steps=200, n_captures=1, lr=7.5e-4, muon_lr=0.005)   # rates as in TUNED
+ALIGN = dict(n_val=6, batch_size=64, steps=200, n_captures=1, lr=7.5e-4, muon_lr=0.005)   # tuned like TUNED
 REHEARSED = 5                   # instructions of each regex of a wanted task that are known to be wanted
 SHARE = 0.5                     # of refusals among what is taught
 MEASURED = {        # what `outcome` measures; shares of instances

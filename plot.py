@@ -355,9 +355,10 @@ def draw_runs(runs: list[Path], out: Path):
 
     Raises ValueError if they differ in more, or have nothing in common.
     """
-    seeds, knobs = [read_config(run).seed for run in runs], [
-        {key: x for key, x in vars(read_config(run)).items() if key not in ("out", "start", "device")
-         and not key.endswith("seed")} for run in runs]
+    configs = [read_config(run) for run in runs]
+    seeds = [cfg.seed for cfg in configs]
+    knobs = [{key: x for key, x in vars(cfg).items() if key not in ("out", "start", "device")
+              and not key.endswith("seed")} for cfg in configs]
     if any(some != knobs[0] for some in knobs):
         raise ValueError("runs that are drawn as one may differ in their seeds only")
     if len({*seeds}) < len(seeds):

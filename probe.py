@@ -574,10 +574,7 @@ def emergence(steps: list[int], values, null) -> tuple[int, int] | None:
 
 
 def print_report(run: str | Path, rows: list[dict], beside: list[dict] = ()):
-    """Print what the rows of one view say of val, and the last scores of task in another run, if given.
-
-    At the end, a heat table shows it at a glance, as many captures as fit the terminal, in characters alone.
-    """
+    """Print what the rows of one view say of val, and the last scores of task in another run, if given."""
     def val(some):
         return {tuple(row[key] for key in ("position", "identity", "measure", "step", "layer")): row
                 for row in some if row["split"] == "val"}
@@ -589,18 +586,14 @@ def print_report(run: str | Path, rows: list[dict], beside: list[dict] = ()):
                                          for row in at)
                   + (f"   null {at[-1]['null_95']:.2f}" if bound and at[-1]["null_95"] is not None else ""))
 
-    shades = "·░▒▓█" if "█".encode(sys.stdout.encoding or "ascii", "ignore") else ".-+*#"
-
-    def shade(value, null=0):
-        return "-" if value is None else shades[0 if value <= null else 1 + min(3, int(4 * value))]
-
     here, there = val(rows), val(beside)
     steps, layers = (sorted({row[key] for row in rows if row["position"] != "surface"})
                      for key in ("step", "layer"))
     accuracy = {row["step"]: row["acc_val"] for row in read_rows(f"{run}/metrics.jsonl", "step", "acc_val")}
     scored = list(dict.fromkeys(key[:3] for key in here))
+    clustered = [key for key in scored if key[1:] == ("task", "f1") and key[0] != "surface"]
     numbers = "layer" + "".join(f"{layer:2}      " for layer in layers)
-    for key in (key for key in scored if key[1:] == ("task", "f1") and key[0] != "surface"):
+    for key in clustered:
         print(f"\nDo states at `{key[0]}` cluster by task? Pairwise F1, unseen instructions (val), view "
               f"{rows[0]['view']}\n    step   val accuracy       {numbers}")
         for step in steps:
@@ -631,15 +624,28 @@ def print_report(run: str | Path, rows: list[dict], beside: list[dict] = ()):
                 cells.append("{}/{}".format(*both) if both else "-")
             print(f"{position + ' ' + identity:30}" + "".join(f"{cell:>8}" for cell in cells))
 
+    print_heat(here, clustered, steps, layers, accuracy)
+
+
+def print_heat(rows: dict, keys: list[tuple], steps: list[int], layers: list[int], accuracy: dict):
+    """Print a heat table of scores and accuracy, as many captures as fit the terminal, in characters alone.
+
+    rows: (*key, step, layer) -> row of probe.jsonl, for each of keys (position, identity, measure).
+    """
+    shades = "·░▒▓█" if "█".encode(sys.stdout.encoding or "ascii", "ignore") else ".-+*#"
+
+    def shade(value, null=0):
+        return "-" if value is None else shades[0 if value <= null else 1 + min(3, int(4 * value))]
+
     every = math.ceil(len(steps) / max(1, (shutil.get_terminal_size().columns - 9) // 2))
     shown = steps[::-1][::every][::-1]
     print(f"\nAt a glance: pairwise F1 of task, val, a column a capture, steps {shown[0]} to {shown[-1]}.\n"
           f"{shades[0]} within its null, regrouped; beyond it {shades[1]}, from 0.25 {shades[2]}, "
           f"0.5 {shades[3]}, 0.75 {shades[4]}; of accuracy, {shades[0]} is 0")
-    for key in (key for key in scored if key[1:] == ("task", "f1") and key[0] != "surface"):
+    for key in keys:
         print(f"at `{key[0]}`")
         for layer in reversed(layers):
-            cells = (here[*key, step, layer] for step in shown)
+            cells = (rows[*key, step, layer] for step in shown)
             print(f"layer {layer:2} " + "".join(2 * shade(x["value"], x["regrouped_95"]) for x in cells))
     print("accuracy " + "".join(2 * shade(accuracy.get(step)) for step in shown))
 

@@ -44,18 +44,12 @@ import train
 from data import DataConfig, Regex, make_dataset
 
 HERE = Path(__file__).parent
-README = (HERE / "README.md").read_text(encoding="utf-8")
 settings.register_profile("all", deadline=None, derandomize=True)
 settings.load_profile("all")
 SMALL = dict(n_tasks=4, n_distributions=2, n_mappings=3, n_inputs=5, n_outputs=6, n_train=12, n_val=6)
 TINY = dict(SMALL, n_layer=2, n_head=2, n_embd=16, epochs=6, batch_size=64, n_captures=6, device="cpu")
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 drawn = pytest.mark.skipif(plot.plt is None, reason="needs matplotlib, which make figures installs")
-
-
-def section(title):
-    """The text below a heading of README, up to the next of its level."""
-    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
 WORDS = {"tokens": "words", "tasks": [      # the example of README, too
@@ -940,7 +934,7 @@ def test_two_processes_do_not_train_one_run_and_a_killed_one_leaves_no_lock(run,
     other.stdout.readline()
     assert exit_status(train, "--out", run, "--resume") == 2
     assert "being trained by another process" in capsys.readouterr().err
-    assert probe.kept_steps(run)                                  # looking is allowed
+    assert probe.kept_steps(run)                                # looking is allowed
     other.kill()
     other.wait()
     assert train.train(train.read_config(run), resume=True) == run
@@ -2108,6 +2102,13 @@ def test_slow_commands_run_from_the_shell(tmp_path):
 
 # ---------------------------------------------------------------- what README says
 
+README = (HERE / "README.md").read_text(encoding="utf-8")
+
+
+def section(title):
+    """The text below a heading of README, up to the next of its level."""
+    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
 
 def commands(text):
     """The lines of README's bash blocks, split as a shell would."""
@@ -2146,8 +2147,7 @@ def test_every_command_and_flag_of_the_readme_is_one(monkeypatch):
 
 
 def test_every_promise_of_the_readme_is_a_test_here():
-    text = README.split("## What is promised")[1].split("\n## ")[0]
-    names = re.findall(r"`(\w{15,})`", text)
+    names = re.findall(r"`(\w{15,})`", section("What is promised"))
     assert len(names) > 15 and all(callable(globals()[f"test_{name}"]) for name in names)
 
 
@@ -2176,7 +2176,7 @@ def fork(tmp_path, run):
                 pytest.skip("this is that fork")
         assert applied.returncode == 0
         shutil.copytree(run, tmp_path / "runs" / "default")
-        for step in probe.kept_steps(run)[:-1]:               # the last is enough
+        for step in probe.kept_steps(run)[:-1]:             # the last is enough
             train.capture_path(tmp_path / "runs" / "default", step).unlink()
         return tmp_path, lambda *command: subprocess.run(
             [sys.executable, *command[1:]], cwd=tmp_path, check=True, capture_output=True, text=True,
@@ -2215,6 +2215,8 @@ def test_slow_the_tasks_file_of_the_readme_is_learnt_and_probed(fork):
     d = train.read_data(here / "runs/mine")
     texts = [" ".join(d.vocabulary[i] for i in row) for row in d.splits["train"].tokens]
     assert any("guinea pig <ans> wheek <eos>" in text for text in texts)
+    rows = probe.probe(here / "runs/mine", ["raw", "centred"])
+    assert {row["measure"] for row in rows} == {*probe.MEASURES, *UNCLUSTERED}
 
 
 def test_slow_a_block_that_averages_trains_and_is_probed_beside_the_other(fork):
