@@ -32,6 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn         # before there is a group: if DDP imports it later, it keeps the group
 import torch.nn.functional as F
 
 from data import DataConfig, Dataset, Flags, Split, command_line, knob, make_dataset, write, write_tasks
@@ -532,6 +533,7 @@ def train(cfg: Config, resume: bool = False, stop: list = (), data: Dataset | No
     with hold(out) if stepper.rank == 0 else contextlib.redirect_stdout(None):      # one writes and prints
         loop(stepper, data, out, stop)
     if torchrun:
+        del stepper                         # with DDP: nothing may hold the group, whose threads end with it
         dist.destroy_process_group()        # not after an error: it would wait for the others
     return out
 
