@@ -82,6 +82,11 @@ def run(tmp_path_factory):
     return train.train(train.Config(**TINY, out=str(tmp_path_factory.mktemp("runs") / "tiny") + "/"))
 
 
+@pytest.fixture(scope="module")
+def raw_rows(run):
+    return probe.probe(run)
+
+
 def exit_status(module, *argv):
     """Run a command line that is to fail in this process; return its exit status."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
@@ -1426,12 +1431,11 @@ def test_what_emerges_stays_beyond_its_null_and_then_comes_near_its_end():
 
 
 @pytest.mark.parametrize("columns, encoding", [(200, "utf-8"), (30, "utf-8"), (80, "ascii")])
-def test_the_heat_table_shows_the_scores_in_any_terminal(run, columns, encoding, monkeypatch):
-    rows = probe.probe(run)
+def test_the_heat_table_shows_the_scores_in_any_terminal(run, raw_rows, columns, encoding, monkeypatch):
     out = io.TextIOWrapper(io.BytesIO(), encoding, errors="replace")
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setattr(sys, "stdout", out)
-    probe.print_report(run, rows)
+    probe.print_report(run, raw_rows)
     out.seek(0)
     heat = out.read().split("At a glance")[1].splitlines()
     captures = probe.kept_steps(run)
@@ -1441,7 +1445,7 @@ def test_the_heat_table_shows_the_scores_in_any_terminal(run, columns, encoding,
     for layer, text in zip((2, 1, 0), heat[3:]):
         assert text.startswith(f"layer {layer:2} ") and len(text) <= max(11, columns)
         where = dict(position="instruction", identity="task", measure="f1", split="val", layer=layer)
-        of = {row["step"]: row for row in rows if where.items() <= row.items()}
+        of = {row["step"]: row for row in raw_rows if where.items() <= row.items()}
         last = of[captures[-1]]
         level = 0 if last["value"] <= last["regrouped_95"] else 1 + min(3, int(last["value"] / 0.25))
         assert text[-2:] == 2 * marks[level] and set(text[9:]) <= {*marks}
@@ -1534,8 +1538,8 @@ def test_patching_gives_what_another_way_of_patching_gives(skilled):
     assert all(r["donor"] + r["right"] + r["neither"] == pytest.approx(1) for r in rows.values())
 
 
-def test_knn_share_equals_counting(run):
-    rows = {(r["step"], r["layer"], r["position"], r["split"]): r["value"] for r in probe.probe(run)
+def test_knn_share_equals_counting(run, raw_rows):
+    rows = {(r["step"], r["layer"], r["position"], r["split"]): r["value"] for r in raw_rows
             if r["measure"] == "knn_share"}
     labels, last = np.load(run / "states" / "labels.npz"), max((run / "states").glob("0*.npz"))
     states = np.load(last)
@@ -1844,19 +1848,18 @@ def test_plot_draws_all_of_a_run(run, tmp_path):
           for measure in (*probe.MEASURES, *probe.LOWER, "knn_share", "knn_task"))}
 
 
-def test_numbers_of_several_seeds_are_those_of_their_files(run, tmp_path):
-    rows = probe.probe(run)
+def test_numbers_of_several_seeds_are_those_of_their_files(raw_rows, tmp_path):
     others = [{**row, "value": None if row["value"] is None else row["value"] + 1, "regrouped_95": 3}
-              for row in rows]
-    merged = plot.merge([rows, others[:-1]])                # a row that one seed lacks is none
-    assert len(merged) == len(rows) - 1
+              for row in raw_rows]
+    merged = plot.merge([raw_rows, others[:-1]])            # a row that one seed lacks is none
+    assert len(merged) == len(raw_rows) - 1
     plot.write_numbers(tmp_path / "numbers.csv", merged, [0, 4])
     table = list(csv.DictReader((tmp_path / "numbers.csv").read_text(encoding="utf-8").splitlines()))
-    last = max(row["step"] for row in rows)
+    last = max(row["step"] for row in raw_rows)
     about = "measure", "position", "identity", "split", "layer", "step"
     key = lambda row: tuple(str(row[name]) for name in about)
-    of = {key(row): row for row in rows[:-1]}
-    assert len(of) == len(rows) - 1
+    of = {key(row): row for row in raw_rows[:-1]}
+    assert len(of) == len(raw_rows) - 1
     for row in table:
         one = of[key(row)]
         close = lambda x: pytest.approx(x, rel=1e-3, abs=1e-6)
@@ -1867,8 +1870,8 @@ def test_numbers_of_several_seeds_are_those_of_their_files(run, tmp_path):
             assert regrouped == "" if one["regrouped_95"] is None else float(regrouped) == close(
                 (one["regrouped_95"] + 3) / 2)
     kept = {key(row) for row in table}
-    assert kept >= {key(row) for row in rows[:-1] if row["measure"] == "f1" and row["split"] == "val"}
-    assert kept >= {key(row) for row in rows[:-1] if row["split"] == "val" and row["step"] == last}
+    assert kept >= {key(row) for row in raw_rows[:-1] if row["measure"] == "f1" and row["split"] == "val"}
+    assert kept >= {key(row) for row in raw_rows[:-1] if row["split"] == "val" and row["step"] == last}
 
 
 @drawn
