@@ -25,12 +25,13 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
+from data import Dataset, Flags, command_line, encode
 
-from data import REFUSE, Dataset, Flags, command_line, encode
+import numpy as np
+import torch                # after data, which sets how torch's threads wait
+
 from probe import kmeans, probe, progress, rows_of, scores, surface
-from train import (CAPTURED, Config, make_model, observe, pick_device, read_data, read_model, read_rows,
+from train import (CAPTURED, Config, make_model, observe, pick_device, read_data, load_model, read_rows,
                    train, write_rows)
 
 QUICK = dict(n_tasks=8, n_distributions=2, n_layer=2, n_head=2, n_embd=32, n_val=4, batch_size=64, steps=40,
@@ -41,7 +42,7 @@ def arm(cfg: Config, data: Dataset | None = None) -> Path:
     """Train a run, or go on with it if it is there; a line of progress stands in for what `train` prints."""
     progress(f"training {cfg.out}")
     with contextlib.redirect_stdout(None):
-        return train(cfg, resume=Path(cfg.out).exists(), data=data)
+        return train(cfg, resume=(Path(cfg.out) / "config.json").exists(), data=data)
 
 
 def done(seed: int, what: str, begun: float):
@@ -105,7 +106,7 @@ def pretrain(out: Path, seeds: list[int], small: dict) -> list[dict]:
         for n_train in TAUGHT:
             run = arm(Config(**{**FINE_TUNE, **small}, seed=seed, n_train=n_train, start=start,
                              out=str(here / f"{strategy}-{n_train}")))
-            curve = read_rows(run / "metrics.jsonl", "step", "acc_val", "acc_ood")
+            curve = read_rows(run / "metrics.jsonl")
             about = {"seed": seed, "strategy": strategy, "n_train": n_train}
             rows += [{**about, "step": row["step"], "measure": key, "value": row[key]}
                      for row in curve for key in ("acc_val", "acc_ood")]
@@ -133,7 +134,7 @@ def print_pretrain(out: Path, rows: list[dict]):
               measure="acc_val")
         table("What that comes to", rows, "strategy", "measure", n_train=n, step=None)
     probed = [row for seed in dict.fromkeys(row["seed"] for row in rows)
-              for row in read_rows(out / f"seed{seed}" / "task_id" / "probe.jsonl", "view", "layer", "value")]
+              for row in read_rows(out / f"seed{seed}" / "task_id" / "probe.jsonl")]
     for position in "instruction", "answer":
         table(f"`task_id` in pre-training: pairwise F1 of `task` at `{position}`, val", probed, "step",
               "layer", position=position, split="val", identity="task", measure="f1", view="raw")
@@ -141,6 +142,7 @@ def print_pretrain(out: Path, rows: list[dict]):
 
 # ---------------------------------------------------------------- alignment
 
+REFUSE = "<refuse>"             # the output that is taught
 BUDGETS = 1, 2, 4, 8, 16        # b, labelled instructions of each unwanted task
 BASE = dict(n_val=6, n_captures=1)
 ALIGN = dict(n_val=6, batch_size=64, steps=200, n_captures=1, lr=7.5e-4, muon_lr=0.005)   # tuned like TUNED
@@ -282,11 +284,11 @@ def align(out: Path, seeds: list[int], small: dict) -> list[dict]:
     """
     rows, budgets, taught = [], (1, 4) if small else BUDGETS, {**ALIGN, **small}
     for seed in seeds:
-        begun, steps = time.perf_counter(), 5 * small.get("steps", 0)       # 0: as many as a run's epochs
+        begun, steps = time.perf_counter(), 5 * small["steps"] if small else Config.steps
         cfg = Config(**{**BASE, **small, "steps": steps}, seed=seed, out=str(out / f"seed{seed}" / "base"))
         case, device, k = make_case(cfg), pick_device(cfg.device), cfg.n_tasks
         splits = {name: case.data.splits[name] for name in ("train", "val", "ood")}
-        base, untrained = read_model(case.run, case.data, device), make_model(cfg, case.data).to(device)
+        base, untrained = load_model(case.run, case.data, device), make_model(cfg, case.data).to(device)
         features = {"guard_counts": {name: x[0] for name, x in surface(case.data, [*splits]).items()}}
         seen = {name: {split: observe(model, x) for split, x in splits.items()}
                 for name, model in {"guard_untrained": untrained, "guard": base}.items()}
@@ -313,7 +315,7 @@ def align(out: Path, seeds: list[int], small: dict) -> list[dict]:
                 data = refusing(case, chosen)
                 run = arm(Config(**taught, seed=seed, start=str(case.run),
                                  out=str(case.run.with_name(f"{name}-{b}"))), data)
-                model = read_model(run, data, device)
+                model = load_model(run, data, device)
                 right_now, states = observe(model, data.splits["val"])
                 refused = {split: observe(model, data.splits[f"{split}_refused"])[0] for split in nothing}
                 rows += outcome(case, right_now, refused, seed=seed, arm=name, b=b)

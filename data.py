@@ -1,47 +1,71 @@
-"""The data: regular expressions, tasks, splits, tokens.
+"""The data: regular expressions, tasks, splits and tokens.
 
-A task maps inputs to outputs and is only ever described by instructions: strings sampled from regular
+A task maps inputs to outputs and is only ever described by instructions, strings sampled from regular
 expressions (figure 1 of Wu & Varshney, arXiv 2402.12151). Four chapters: an exact sampler of regular
-languages; knobs and tasks; the splits that a model is trained and probed on; what all command lines share.
+languages; configuration and tasks; the splits a model is trained and probed on; the command line.
 
     python data.py                        print the default data set on a page
     python data.py --tasks mine.json      print the data set of a tasks file
 
-Our choices, since the paper gives no regexes and no sizes: `random_pattern` and `DataConfig`.
+The paper gives no regexes and no sizes; ours are in `random_pattern` and `DataConfig`.
 """
 import argparse
 import dataclasses
+import inspect
 import json
+import math
 import os
 import random
 import re
 import sys
+import unicodedata
+from bisect import bisect_left
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from itertools import islice, product
+from functools import lru_cache
+from itertools import count, product
 from pathlib import Path
-from string import ascii_letters, ascii_lowercase, ascii_uppercase, digits
+from string import ascii_letters, ascii_lowercase, digits
 from typing import NamedTuple
 
 import numpy as np
 
+# Threads that spin while they wait make small steps up to 20 times as slow on a busy machine. The threads read
+# this when torch is imported: import this file before torch.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 # ---------------------------------------------------------------- regular expressions
 
 PRINTABLE = frozenset(map(chr, range(0x20, 0x7F)))
-ESCAPES = {"d": frozenset(digits), "s": frozenset(" "), "w": frozenset(ascii_letters + digits + "_")}
-ESCAPES |= {name.upper(): PRINTABLE - chars for name, chars in ESCAPES.items()}
-COUNTED = re.compile(r"\{([0-9]+)(?:,([0-9]*))?\}")
-MAX_STATES = 20_000     # of an automaton, beyond it a pattern is refused
-MAX_WORK = 2_000_000    # steps of one construction, likewise: about half a second
+SETS = {r"\d": frozenset(digits), r"\s": frozenset(" "), r"\w": frozenset(ascii_letters + digits + "_")}
+SETS |= {name.upper(): PRINTABLE - chars for name, chars in SETS.items()}
+QUANTIFIER = re.compile(r"[?*+]|\{[0-9]+(,[0-9]*)?\}")
+CLASS = re.compile(r"\[(\^?)(\]?(?:\\.|[^]\\])*)\]", re.DOTALL)     # a ] in front stands for itself
+MEMBER = re.compile(r"(\\?.)(?:-(\\?.))?", re.DOTALL)               # of a class: a character or a range
+BAD_ESCAPE = [      # what is refused: how it looks, what it is called, the way out
+    (r"\\(?:0[0-7]{0,2}|[0-7]{3})", "octal escape", "write the character itself"),
+    (r"\\(?:[0-9A-Za-z](?<![dswDSW])|\Z)", "escape", "only punctuation, d, w, s, D, W and S may follow a \\")]
+BAD_ATOM = [
+    (r"\\[1-9](?![0-7]{2})", "back-reference", "write out what it may repeat"),
+    (r"[\^$]|\\[bBAZ]", "anchor", "leave it out, the whole string is always matched; or escape ^ and $"),
+    (r"\(\?(?!:).?", "group", "only ( ) and (?: ) are supported"),
+    (r"[?*+]", "leading quantifier", "escape it, or put something in front of it"),
+    (r"[{}\]]", "bare", "escape it; a repetition is {m}, {m,} or {m,n}"),
+    *BAD_ESCAPE]
+BAD_AFTER_QUANTIFIER = [
+    (r"\?", "lazy quantifier", "leave this ? out, it does not change which strings match"),
+    (r"\+", "possessive quantifier", "leave this + out, or escape it"),
+    (r"[*{]", "doubled quantifier", "escape it, or put what it repeats in (?: )")]
+MAX_DEPTH = 51          # of groups in groups, one of them that of `find_overlap`
+MAX_WORK = 700_000      # steps of one construction: about a second
 
 
 class Regex:
     """The language {s : re.fullmatch(pattern, s), len(s) <= max_len}: counted, indexed and sampled exactly.
 
-    The pattern becomes a Thompson automaton and that a deterministic one, in which a string has one path,
-    however ambiguous the pattern (Cox, swtch.com/~rsc/regexp/regexp1.html). Dynamic programming counts the
-    paths, and walking them in a fixed order turns an index into a string (Goldberg & Sipser 1985): a uniform
-    index is a uniform string.
+    The pattern becomes a deterministic automaton, in which every string has one path, however ambiguous the
+    pattern is. Dynamic programming counts the paths, and walking them in a fixed order turns an index into a
+    string (Goldberg & Sipser 1985), so a uniform index gives a uniform string.
 
     Supported: literals, escaped punctuation, `.`, classes, `\\d \\w \\s \\D \\W \\S`, `( )`, `(?: )`, `|` and
     `? * + {m} {m,} {m,n}`. `.`, negated classes and these escapes stay within printable ASCII (0x20 to 0x7e).
@@ -50,320 +74,246 @@ class Regex:
 
     def __init__(self, pattern: str, max_len: int = 64):
         if not isinstance(pattern, str) or not isinstance(max_len, int) or max_len < 0:
-            raise ValueError(f"not a string and a length of at least 0: {pattern!r:.60}, {max_len!r:.60}")
-        self.pattern, self.max_len = pattern, max_len
-        self._edges, self._accept = _determinise(pattern, *_thompson(pattern))
-        # counts[r][q]: strings of at most r characters that lead from state q to acceptance; the last row is
-        # that of max_len, or an earlier one that all after it would only repeat
-        self._counts, work, n_edges = [[int(a) for a in self._accept]], 0, sum(map(len, self._edges))
-        for r in range(max_len):
-            row = [a + sum(len(chars) * self._counts[r][q] for chars, q in edges)
-                   for a, edges in zip(self._accept, self._edges)]
-            if row == self._counts[r]:
-                break
-            self._counts.append(row)
-            work += n_edges * (1 + max(row).bit_length() // 1000)
-            if work > MAX_WORK:
-                raise ValueError(f"{pattern!r:.60} is too large to count: lower max_len, it is {max_len}")
-        self.count = self._counts[-1][0]
+            raise ValueError(f"{pattern!r:.60}, {max_len!r:.60}: needs a pattern and a length of at least 0")
+        self.pattern, self.max_len, self._work, self._known = pattern, max_len, 0, {}
+        self._start, end = _parse(pattern, 0)
+        if end < len(pattern):
+            _fail(pattern, "unmatched )", end, "escape it, or open a group")
+        levels = [{self._start}]                # levels[n]: the states that n characters lead to
+        while levels[-1] and len(levels) <= max_len:
+            levels.append({target for state in levels[-1] for _, target in self._read(state)[1]})
+            self._spend(len(levels[-1]))
+        self._ways = [{}]                       # _ways[-1 - n][state]: how many strings finish from there
+        for level in reversed(levels):
+            ways = {}
+            for state in level:
+                ends, edges = self._read(state)
+                ways[state] = ends + sum(len(chars) * self._ways[-1].get(target, 0) for chars, target in edges)
+                self._spend(len(edges) * (1 + ways[state].bit_length() // 1000))
+            self._ways.append(ways)
+        self.count = ways[self._start]
+
+    def _spend(self, steps):
+        self._work += steps
+        if self._work > MAX_WORK:
+            raise ValueError(f"{self.pattern!r:.60} is too large or too ambiguous: make it or max_len smaller")
+
+    def _read(self, state):
+        """Whether a string may end in a state, and its edges, pairs of characters and the state they lead to.
+
+        A state is a set of branches, all that may be left to read (subset construction, Rabin & Scott 1959).
+        """
+        if state not in self._known:
+            left_after, edges = defaultdict(set), defaultdict(str)
+            for branch in state:
+                for chars, left in _steps(branch):
+                    self._spend((1 + len(chars)) * (1 + len(left) // 50))
+                    for c in chars:
+                        left_after[c].add(left)
+            for c in sorted(left_after):
+                edges[frozenset(left_after[c])] += c
+            self._known[state] = _may_end(state), [(chars, target) for target, chars in edges.items()]
+        return self._known[state]
 
     def unrank(self, i: int) -> str:
         """The i-th string, 0 <= i < count, in a fixed order. Raises ValueError for any other i."""
         if not (isinstance(i, int) and 0 <= i < self.count):
-            raise ValueError(f"{self.pattern!r:.60} has {show(self.count)} strings, none numbered {i!r:.60}")
-        state, left, string = 0, len(self._counts) - 1, ""
-        while not (self._accept[state] and i == 0):
-            i -= self._accept[state]    # the string that ends here came first
-            left -= 1
-            counts = self._counts[left]
-            for chars, target in self._edges[state]:
-                block = counts[target]
-                if i < block * len(chars):
+            raise ValueError(f"{self.pattern!r:.60} has no string numbered {i!r:.60}")
+        string, (ends, edges) = "", self._read(self._start)
+        while i or not ends:
+            i -= ends                           # the string that ends here came first
+            ways = self._ways[-2 - len(string)]
+            for chars, state in edges:
+                if i < len(chars) * ways[state]:
                     break
-                i -= block * len(chars)
-            which, i = divmod(i, block)
+                i -= len(chars) * ways[state]
+            which, i = divmod(i, ways[state])
             string += chars[which]
-            state = target
+            ends, edges = self._read(state)
         return string
 
     def sample(self, n: int, rng: random.Random, unique: bool = True) -> list[str]:
         """n strings, uniform over the language, distinct if unique. Raises ValueError if it has too few."""
-        if self.count < (n if unique else min(n, 1)):
-            raise ValueError(f"{self.pattern!r:.60} has only {show(self.count)} strings of at most "
-                             f"{self.max_len} characters, {n} were asked for")
-        if not unique:
-            return [self.unrank(rng.randrange(self.count)) for _ in range(n)]
-        moved, strings = {}, []         # a Fisher-Yates shuffle that stores only what it has moved
+        if not 0 <= n <= (self.count if unique else n * self.count):
+            raise ValueError(f"{n} strings were asked for; of at most {self.max_len} characters, "
+                             f"{self.pattern!r:.60} has only {min(self.count, 10 ** 18)}")
+        moved, strings = {}, []                 # a Fisher-Yates shuffle that stores only what it has moved
         for i in range(n):
-            j = rng.randrange(i, self.count)
+            j = rng.randrange(i if unique else 0, self.count)
             strings.append(self.unrank(moved.get(j, j)))
-            moved[j] = moved.get(i, i)
+            if unique:
+                moved[j] = moved.get(i, i)
         return strings
 
     def matches(self, s: str) -> bool:
         """Whether s is in the language."""
-        state = 0
-        for c in s:
-            state = next((target for chars, target in self._edges[state] if c in chars), None)
-            if state is None:
-                return False
-        return self._accept[state] and len(s) <= self.max_len
+        state = self._start
+        for c in s[:self.max_len]:
+            state = next((target for chars, target in self._read(state)[1] if c in chars), frozenset())
+        return len(s) <= self.max_len and self._read(state)[0]
 
     def isdisjoint(self, other: "Regex") -> bool:
-        """Whether no string is in both languages: no pair of accepting states is reached by one string.
-
-        Raises ValueError if the product automaton is too large to walk.
-        """
-        seen, pairs, work = {(0, 0)}, [(0, 0, 0)], 0
-        for p, q, length in pairs:      # grows while it is walked, shortest strings first
-            if length > min(self.max_len, other.max_len):
-                break
-            if self._accept[p] and other._accept[q]:
-                return False
-            for (a, t), (b, u) in product(self._edges[p], other._edges[q]):
-                if (t, u) not in seen and not set(a).isdisjoint(b):
-                    seen.add((t, u))
-                    pairs.append((t, u, length + 1))
-            work += len(self._edges[p]) * len(other._edges[q])
-            if work > MAX_WORK:
-                raise ValueError(f"{self.pattern!r:.60} and {other.pattern!r:.60} are too large to compare")
-        return True
+        """Whether no string is in both languages. Raises ValueError if they are too large to compare."""
+        return find_overlap([self.pattern, other.pattern], min(self.max_len, other.max_len)) is None
 
 
-def show(count: int) -> str:
-    """A count as text; Python refuses to write out the largest ones."""
-    return f"{count:,}" if count < 10 ** 18 else f"about 2^{count.bit_length() - 1}"
+def find_overlap(patterns: list[str], max_len: int) -> tuple[int, int] | None:
+    """The numbers of two patterns that have a string in common, or None.
 
-
-def _fail(pattern, what, at, way_out):
-    raise ValueError(f"{what} at position {at} of {pattern!r:.60}: {way_out}")
-
-
-def _lex(pattern):
-    """Yield (position, kind, value): "set" and characters, "repeat" and bounds, or one of ( | ) and None."""
-    def element(at):                        # a character, or what an escape stands for, and where it ends
-        if pattern[at] != "\\":
-            return frozenset(pattern[at]), at + 1
-        c = pattern[at + 1:at + 2]
-        if c not in ESCAPES and (not c or c.isascii() and c.isalnum()):
-            what = "anchor" if c and c in "bBAZ" else "back-reference" if c.isdigit() else "escape"
-            _fail(pattern, f"{what} \\{c}", at, "only punctuation, d, w, s, D, W and S go with a backslash; "
-                  "the whole string is always matched")
-        return ESCAPES.get(c, frozenset(c)), at + 2
-
-    def char_class(at):
-        negated = pattern.startswith("^", at + 1)
-        chars, i = set(), at + 1 + negated
-        while i == at + 1 + negated or not pattern.startswith("]", i):      # a "]" in front is a character
-            if i >= len(pattern):
-                _fail(pattern, "unclosed [", at, "close it, or escape it")
-            start, (low, i) = i, element(i)
-            if pattern.startswith("-", i) and pattern[i + 1:i + 2] not in ("]", ""):
-                (high, i), middle = element(i + 1), i
-                single = pattern[start + 1:middle] not in ESCAPES and pattern[middle + 2:i] not in ESCAPES
-                if not single or not 0 <= ord(min(high)) - ord(min(low)) < 1000:
-                    _fail(pattern, f"bad range {pattern[start:i]}", start,
-                          "it needs two characters, in order, at most 999 apart")
-                low = map(chr, range(ord(min(low)), ord(min(high)) + 1))
-            chars.update(low)
-        return (PRINTABLE - chars if negated else frozenset(chars)), i + 1
-
-    i = 0
-    while i < len(pattern):
-        at, c = i, pattern[i]
-        i += 1
-        if c in "?*+{":
-            counted = COUNTED.match(pattern, at)
-            least, most = {"?": (0, 1), "*": (0, None), "+": (1, None), "{": (1, 0)}[c]
-            if counted:
-                least, most, i = int(counted[1][:9]), counted[2], counted.end()     # nine are too many
-                most = least if most is None else int(most[:9]) if most else None
-            if most is not None and most < least:
-                _fail(pattern, f"bare or empty {pattern[at:i]}", at, "escape it, or write {m}, {m,} or {m,n}")
-            yield at, "repeat", (least, most)
-        elif c in "(|)":
-            i += 2 * pattern.startswith("(?:", at)
-            if pattern.startswith("(?", at) and i == at + 1:
-                _fail(pattern, f"group {pattern[at:at + 3]}", at, "only ( ) and (?: ) are supported")
-            yield at, c, None
-        elif c in "^$]}":
-            _fail(pattern, f"{'anchor' if c in '^$' else 'bare'} {c}", at, "escape it, or leave it out: "
-                  "the whole string is always matched")
-        else:
-            chars, i = char_class(at) if c == "[" else (PRINTABLE, i) if c == "." else element(at)
-            yield at, "set", chars
-
-
-def _thompson(pattern):
-    """Parse into an automaton: reads[s], what state s consumes (None: nothing), and leads[s], where it goes.
-
-    Open groups wait on a list, so nesting is not limited by Python's. An atom is (low, enter, leave): entered
-    and left at these two, it is made of the states from low up to the newest one when it was finished.
+    Languages are disjoint if, and only if, their union has as many strings as they have together. Raises
+    ValueError if that is too large to count.
     """
-    reads, leads = [], []
+    def overlap(some):
+        union = Regex("|".join(f"(?:{pattern})" for pattern in some), max_len)
+        return union.count < sum(compile_regex(pattern, max_len).count for pattern in some)
 
-    def state(chars=None, targets=()):
-        if len(leads) >= MAX_STATES:
-            raise ValueError(f"{pattern!r:.60} needs more than {MAX_STATES} states: make it smaller")
-        reads.append(chars)
-        leads.append(list(targets))
-        return len(leads) - 1
+    if not overlap(patterns):
+        return None
+    j = bisect_left(range(len(patterns)), True, key=lambda j: overlap(patterns[:j + 1]))
+    return next(i for i in range(j) if overlap([patterns[i], patterns[j]])), j
 
-    def close(branches):                    # an alternation of concatenations of atoms
-        first, last = state(), state()
-        for atoms in [*filter(None, branches), *[[]] * ([] in branches)]:       # one empty branch is enough
-            here = first
-            for _, enter, leave in atoms:
-                leads[here].append(enter)
-                here = leave
-            leads[here].append(last)
-        return first, last
 
-    def repeat(low, enter, leave, least, most):     # most is None: open, a loop on the last copy
-        shifts = [0] if most != 0 else []
-        copies = (max(least, 1) if most is None else most) - 1
-        body = list(zip(reads[low:], map(tuple, leads[low:]))) if copies > 0 else []
-        for _ in range(copies):
-            shifts.append(len(leads) - low)
-            for chars, targets in body:
-                state(chars, [t + shifts[-1] for t in targets])
-        first, last = state(), state()
-        here = first
-        for i, shift in enumerate(shifts):
-            leads[here] += [enter + shift, last] if i >= least else [enter + shift]
-            here = leave + shift
-        leads[here] += [enter + shifts[-1], last] if most is None else [last]
-        return low, first, last
+compile_regex = lru_cache(maxsize=10_000)(Regex)        # what is checked first is sampled later
 
-    groups, branches, previous = [], [[]], None     # groups: where each began, and the branches around it
-    for at, kind, value in _lex(pattern):
-        if kind == "set":
-            last = state()
-            branches[-1].append((last, state(value, [last]), last))
-        elif kind == "repeat":
-            if not branches[-1] or previous == "repeat":
-                c, what = pattern[at], {"?": "lazy", "+": "possessive"}
-                what = what.get(c, "doubled") if branches[-1] else "leading"
-                _fail(pattern, f"{what} quantifier {c}", at, "escape it, or put what it repeats in (?: )")
-            branches[-1].append(repeat(*branches[-1].pop(), *value))
-        elif kind == "(":
-            groups.append((at, len(leads), branches))
-            branches = [[]]
-        elif kind == "|":
+
+def _fail(pattern, what, i, way_out):
+    raise ValueError(f"{what} at position {i} of {pattern!r:.60}: {way_out}")
+
+
+def _refuse(table, pattern, i):
+    for construct, what, way_out in table:
+        if found := re.compile(construct).match(pattern, i):
+            _fail(pattern, f"{what} {found[0]}", i, way_out)
+
+
+def _parse(pattern, i, depth=0):
+    """Recursive descent from position i to a ) or the end: the branches that stand there, and where it ended.
+
+    A branch is a tuple of items: a set of characters, or (branches, least, most) for a repeated group.
+    """
+    branches = [[]]
+    while i < len(pattern) and pattern[i] != ")":
+        _refuse(BAD_ATOM, pattern, i)
+        start, c = i, pattern[i]
+        if c == "|":
             branches.append([])
+            i += 1
+            continue
+        if c == "(":
+            if depth == MAX_DEPTH:
+                _fail(pattern, "too deep a group", i, f"nest at most {MAX_DEPTH}")
+            inside, i = _parse(pattern, i + (3 if pattern.startswith("(?:", i) else 1), depth + 1)
+            if i == len(pattern):
+                _fail(pattern, "unclosed (", start, "close it, or escape it")
+            i += 1
+        elif c == "[":
+            chars, i = _char_class(pattern, i)
+            inside = frozenset([(chars,)])
         else:
-            if not groups:
-                _fail(pattern, "unmatched )", at, "escape it, or open a group")
-            inside, (_, low, branches) = close(branches), groups.pop()
-            branches[-1].append((low, *inside))
-        previous = kind
-    if groups:
-        _fail(pattern, "unclosed (", groups[-1][0], "close it, or escape it")
-    return reads, leads, *close(branches)
+            c = pattern[i:i + 2] if c == "\\" else c
+            i += len(c)
+            inside = frozenset([(PRINTABLE if c == "." else SETS.get(c) or frozenset(c[-1]),)])
+        least, most, i = _repetition(pattern, i)
+        if _may_end(inside):
+            least = 0               # the same language, and whatever a repetition reads is not empty
+        if least == most == 1 and len(inside) == 1:
+            branches[-1] += [*inside][0]
+        elif most > 0:
+            branches[-1].append((inside, least, most))
+    return frozenset(map(tuple, branches)), i
 
 
-def _determinise(pattern, reads, leads, first, last):
-    """Subset construction (Rabin & Scott 1959): edges[q], pairs (characters, target), and accept[q].
-
-    State 0 is the start. Characters that no set of the pattern tells apart move together, so [a-z]{40} has
-    one edge a state.
-    """
-    work, closures = 0, {}
-
-    def spend(steps):
-        nonlocal work
-        work += steps
-        if work > MAX_WORK:
-            raise ValueError(f"{pattern!r:.60} is too ambiguous for {MAX_WORK} steps: make it smaller")
-
-    def closure(s):                         # the reading or final states that s leads to without reading
-        if s not in closures:
-            seen, stack = {s}, [s]
-            while stack:
-                t = stack.pop()
-                if reads[t] is None:
-                    spend(len(leads[t]))
-                    stack += set(leads[t]) - seen
-                    seen.update(leads[t])
-            closures[s] = frozenset(t for t in seen if reads[t] is not None or t == last)
-        spend(len(closures[s]))
-        return closures[s]
-
-    kinds, alike = set(reads) - {None}, {}
-    alphabet = sorted(set().union(*kinds))
-    spend(len(alphabet) * len(kinds))
-    for c in alphabet:
-        alike.setdefault(tuple(c in chars for chars in kinds), []).append(c)
-    blocks = ["".join(block) for block in alike.values()]
-    blocks_of = {chars: [b for b, block in enumerate(blocks) if block[0] in chars] for chars in kinds}
-
-    number, edges = {closure(first): 0}, []
-    subsets = list(number)
-    for subset in subsets:                  # grows while it is walked
-        moves, targets = defaultdict(set), defaultdict(str)
-        for s in subset:
-            for b in blocks_of.get(reads[s], ()):
-                moves[b].update(closure(leads[s][0]))
-        for b in sorted(moves):
-            target = frozenset(moves[b])
-            if target not in number:
-                number[target] = len(number)
-                subsets.append(target)
-            targets[number[target]] += blocks[b]
-        edges.append([(chars, q) for q, chars in targets.items()])
-        if len(subsets) > MAX_STATES:
-            raise ValueError(f"{pattern!r:.60} is too ambiguous for {MAX_STATES} states: make it smaller")
-    return edges, [last in subset for subset in subsets]
+def _char_class(pattern, i):
+    """The characters of the [...] at position i, and where it ended."""
+    found = CLASS.match(pattern, i)
+    if not found:
+        _fail(pattern, "unclosed [", i, "close it, or escape it")
+    chars = set()
+    for member in MEMBER.finditer(pattern, *found.span(2)):
+        low, high = member.groups()
+        _refuse(BAD_ESCAPE, pattern, member.start(1))
+        _refuse(BAD_ESCAPE, pattern, member.start(2))
+        if low in SETS and not high:
+            chars |= SETS[low]
+            continue
+        first, last = ord(low[-1]), ord((high or low)[-1])
+        if low in SETS or high in SETS or first > last:
+            _fail(pattern, f"bad range {member[0]}", member.start(), "it needs two characters, in order")
+        chars.update(map(chr, range(first, last + 1)))
+    return frozenset(PRINTABLE - chars if found[1] else chars), found.end()
 
 
-# ---------------------------------------------------------------- tasks
+def _repetition(pattern, i):
+    """Least and most of the quantifier at position i, 1 and 1 if there is none, and where it ended."""
+    found = QUANTIFIER.match(pattern, i)
+    if not found:
+        return 1, 1, i
+    text = {"?": "0,1", "*": "0,", "+": "1,"}.get(found[0], found[0][1:-1])
+    least, comma, most = text.partition(",")
+    least = int(least[:9])          # nine digits are more than anybody can count to
+    most = int(most[:9]) if most else math.inf if comma else least
+    if most < least:
+        _fail(pattern, f"empty repetition {found[0]}", i, "write {m,n} with m <= n")
+    _refuse(BAD_AFTER_QUANTIFIER, pattern, found.end())
+    return least, most, found.end()
 
 
-def knob(default, why, least=None, most=10 ** 6, choices=()):
-    """A field of a configuration: its default, what `--help` says of it, and what it may be.
+def _may_end(branches):
+    """Whether one of these branches matches the empty string."""
+    return any(all(type(item) is tuple and item[1] == 0 for item in branch) for branch in branches)
 
-    The least is 0 for a float and 1 for an integer, unless given.
-    """
-    least = least if least is not None else 0 if isinstance(default, float) else 1
-    return dataclasses.field(default=default, metadata=dict(why=why, least=least, most=most, choices=choices))
+
+def _steps(branch):
+    """Yield (characters, what is left to read after one of them): partial derivatives (Antimirov 1996)."""
+    for i, item in enumerate(branch):
+        rest = branch[i + 1:]
+        if isinstance(item, frozenset):
+            yield item, rest
+            return
+        group, least, most = item
+        if most > 1:
+            rest = ((group, max(least - 1, 0), most - 1), *rest)
+        for inside in group:
+            for chars, left in _steps(inside):
+                yield chars, left + rest
+        if least > 0:
+            return
+
+
+# ---------------------------------------------------------------- configuration and tasks
 
 
 @dataclass
 class DataConfig:
-    """Every knob of the data; `train.Config` adds the rest."""
-    seed: int = knob(0, "every random draw follows from it", least=0, most=2 ** 63)
-    data_seed: int = knob(-1, "of tasks and instructions, if not --seed", least=-1, most=2 ** 63)
-    tasks: str = knob("", "a tasks file, in place of random tasks")
-    n_tasks: int = knob(16, "random tasks")
-    n_distributions: int = knob(3, "regexes a random task, and one more that is held out")
-    n_mappings: int = knob(5, "inputs a random task is defined on")
-    n_inputs: int = knob(10, "pool of inputs that random tasks share")
-    n_outputs: int = knob(20, "pool of outputs that random tasks share")
-    n_train: int = knob(20, "training instructions a regex")
-    n_val: int = knob(10, "instructions a regex in subset, in val and in ood")
-    n_asked: int = knob(8, "inputs an instruction is taught with, and at most as many others in `pairs`")
-    asks_for: str = knob("output", "what is to be answered: the output of an input; in its place, which task "
-                         "or distribution the instruction is of; or nothing, then there is no input",
-                         choices=("output", "task", "distribution", "nothing"))
-    n_probed: int = knob(64, "tasks that subset, val and ood are about; any more are only trained on")
-    max_len: int = knob(128, "longest instruction, in characters")
-    shuffle_tasks: bool = knob(False, "give every instruction a random task, to be memorised", least=0)
+    """Every knob of the data; `train.Config` adds the rest. The comments are what `--help` says."""
+    seed: int = 0                   # every random draw follows from it
+    tasks: str = ""                 # a tasks file, in place of random tasks
+    n_tasks: int = 16               # random tasks
+    n_distributions: int = 3        # regexes a random task, and one more that is held out
+    n_mappings: int = 5             # inputs a random task is defined on
+    n_inputs: int = 10              # pool of inputs that random tasks share
+    n_outputs: int = 20             # pool of outputs that random tasks share
+    twins: bool = False             # random tasks in pairs, with the same inputs and different outputs
+    n_train: int = 20               # training instructions a regex
+    n_val: int = 10                 # instructions a regex in subset, in val and in ood
+    n_asked: int = 8                # inputs an instruction is taught with, and at most as many others in `pairs`
+    asks_for: str = "output"        # what to answer: output, task, distribution; nothing: there is no input
+    n_probed: int = 64              # tasks that subset, val and ood are about; any more are only trained on
+    max_len: int = 128              # longest instruction, in characters
+    shuffle_tasks: bool = False     # give every instruction a random task, to be memorised
 
-    def seed_of(self, what: str) -> int:
-        """The seed of "data", "init" or "order": its own if it has one, else `seed`."""
-        own = getattr(self, what + "_seed")
-        return self.seed if own < 0 else own
+    choices = {"asks_for": ("output", "task", "distribution", "nothing")}
 
     def check(self):
-        """Raises ValueError for a knob of another type or outside its range."""
+        """Raises ValueError for a knob outside its range; an integer may be 0 if that is its default."""
         for field in dataclasses.fields(self):
-            value, may = getattr(self, field.name), field.metadata
-            if type(value) not in (field.type, {float: int}.get(field.type)):
-                raise ValueError(f"{field.name} is {value!r:.60}, it must be of type {field.type.__name__}")
-            if may["choices"] and value not in may["choices"]:
-                raise ValueError(f"{field.name} is {value!r}, choose from {', '.join(may['choices'])}")
-            if field.type is not str and not may["least"] <= value <= may["most"]:
-                raise ValueError(f"{field.name} is {value}, it must be from {may['least']} to {may['most']}")
+            name, value = field.name, getattr(self, field.name)
+            if name in self.choices and value not in self.choices[name]:
+                raise ValueError(f"{name} is {value!r}, choose from {', '.join(self.choices[name])}")
+            if field.type in (int, float):
+                least = 1 if field.type is int and field.default else 0
+                if value < least or value > 10 ** 6 and name != "seed" or value != value:
+                    raise ValueError(f"{name} is {value}, it must be from {least} to {10 ** 6}")
 
 
 class Task(NamedTuple):
@@ -372,6 +322,11 @@ class Task(NamedTuple):
     map: dict[str, str]
     distributions: list[str]
     held_out: str
+
+    def regexes(self) -> dict[str, str]:
+        """Each regex by its place in a tasks file, the held-out one last."""
+        known = {f"task {self.name}, distributions[{m}]": regex for m, regex in enumerate(self.distributions)}
+        return {**known, f"task {self.name}, held_out": self.held_out}
 
 
 TWO_LETTERS = ["".join(letters) for letters in product(ascii_lowercase, repeat=2)]
@@ -387,135 +342,144 @@ def random_pattern(rng: random.Random) -> str:
     return "".join(rng.sample(parts, len(parts)))
 
 
-def random_tasks(cfg: DataConfig) -> list[Task]:
-    """Tasks whose languages are all disjoint, with inputs and outputs dealt evenly from shared pools.
+def random_maps(cfg: DataConfig, rng: random.Random) -> list[dict[str, str]]:
+    """A map for each task: inputs and outputs are dealt evenly, and no input has one output in two tasks.
 
-    An input has another output in each of its tasks. Raises ValueError for impossible sizes, and for pools so
-    large that a word gives its task away.
+    Tasks have different sets of inputs if the pool has that many; with cfg.twins, tasks 0 and 1 have the same,
+    2 and 3, and so on. Raises ValueError for impossible sizes and for pools in which a word gives its task away.
     """
-    for name, pool in ("n_inputs", cfg.n_inputs), ("n_outputs", cfg.n_outputs):
-        most = cfg.n_tasks * cfg.n_mappings // 2
-        if not cfg.n_mappings <= pool <= most:
-            raise ValueError(f"{name} is {pool}, it must be from n_mappings ({cfg.n_mappings}) to "
-                             f"n_tasks * n_mappings / 2 ({most}), or some word would give its task away")
-    rng, begun, taken = random.Random(f"{cfg.seed_of('data')}/tasks"), defaultdict(list), set()
-    names = ("".join(letters) for n in range(1, 6) for letters in product(ascii_uppercase, repeat=n))
-    inputs = dict.fromkeys(islice(names, cfg.n_inputs), 0)
-    outputs = dict.fromkeys(map(str, range(cfg.n_outputs)), 0)
+    n, k, uses = cfg.n_tasks, cfg.n_mappings, Counter()
+    if not k <= min(cfg.n_inputs, cfg.n_outputs) <= max(cfg.n_inputs, cfg.n_outputs) <= n * k // 2:
+        raise ValueError(f"n_inputs ({cfg.n_inputs}) and n_outputs ({cfg.n_outputs}) must be from n_mappings ({k}) "
+                         f"to n_tasks * n_mappings / 2 ({n * k // 2}), or some word would give its task away")
+    inputs = [chr(ord("A") + i % 26) * (1 + i // 26) for i in range(cfg.n_inputs)]      # A to Z, AA to ZZ ...
+    outputs = [str(i) for i in range(cfg.n_outputs)]
+    maps, sets, uses, taken = [], [], Counter(), set()
 
-    def deal(used, slack):              # the least used first: all end up in as many tasks, give or take one
-        return sorted(used, key=lambda word: used[word] + (1 + slack) * rng.random())[:cfg.n_mappings]
+    def deal(words, attempt):       # the least used first; after many attempts, less evenly
+        return sorted(words, key=lambda word: uses[word] + (1 + attempt // 500) * rng.random())[:k]
 
-    def fresh_map():
-        chosen = deal(inputs, 0)
-        for slack in range(20):         # the outputs less evenly, only where all these pairs are taken
-            partners = deal(outputs, slack)
-            for _ in range(500):
-                rng.shuffle(partners)
-                if taken.isdisjoint(zip(chosen, partners)):
-                    taken.update(zip(chosen, partners))
-                    for used, words in (inputs, chosen), (outputs, partners):
-                        used.update({word: used[word] + 1 for word in words})
-                    return dict(zip(chosen, partners))
-        raise ValueError(f"n_outputs is {cfg.n_outputs}, raise it: an input is to have another in each task")
+    alike = 2 if cfg.twins else 1
+    most = math.ceil(n / alike / math.comb(cfg.n_inputs, k))        # how often a set of inputs is dealt
+    for t in range(n):
+        for attempt in range(10_000):
+            chosen = sets[-1] if t % alike else sorted(deal(inputs, attempt))
+            task = dict(zip(chosen, rng.sample(deal(outputs, attempt), k)))
+            if taken.isdisjoint(task.items()) and (t % alike or sets.count(chosen) < most):
+                break
+        else:
+            raise ValueError(f"n_outputs is {cfg.n_outputs}, raise it: an input needs another in every task")
+        maps.append(task)
+        sets += [chosen] * (t % alike == 0)
+        taken.update(task.items())
+        uses.update([*task, *task.values()])
+    return maps
 
-    def fresh_pattern():
-        while True:
-            regex = Regex(random_pattern(rng), cfg.max_len)
-            letters = {c for chars, _ in regex._edges[0] for c in chars}
-            if all(regex.isdisjoint(other) for c in letters for other in begun[c]):
-                for c in letters:       # with those that begin otherwise there is nothing to compare
-                    begun[c].append(regex)
-                return regex.pattern
 
-    return [Task(f"t{t:02d}", fresh_map(), [fresh_pattern() for _ in range(cfg.n_distributions)],
-                 fresh_pattern()) for t in range(cfg.n_tasks)]
+def random_tasks(cfg: DataConfig) -> list[Task]:
+    """Tasks whose languages are all disjoint. Raises ValueError as `random_maps` does."""
+    rng, n = random.Random(f"{cfg.seed}/tasks"), cfg.n_distributions + 1
+    maps = random_maps(cfg, rng)
+    patterns = [random_pattern(rng) for _ in range(n * cfg.n_tasks)]
+    while overlap := find_overlap(patterns, cfg.max_len):
+        patterns[overlap[1]] = random_pattern(rng)
+    return [Task(f"t{t:02d}", maps[t], patterns[n * t + 1:n * (t + 1)], patterns[n * t])
+            for t in range(cfg.n_tasks)]
 
 
 def write(path: str | Path, content: str | bytes):
     """Write a file aside and rename it: whoever looks finds the old file or the new one, whole."""
     aside = Path(f"{path}.tmp")
-    try:
-        aside.write_bytes(content if isinstance(content, bytes) else content.encode())
-        os.replace(aside, path)
-    except OSError as e:            # a full disk, most likely: a part of the file helps nobody
-        aside.unlink(missing_ok=True)
-        raise OSError(e.errno, e.strerror, str(path)) from None
+    aside.write_bytes(content if isinstance(content, bytes) else content.encode())
+    os.replace(aside, path)
 
 
 def write_tasks(path: str | Path, cut_into: str, tasks: list[Task]):
-    """Write a tasks file; cut_into, "characters" or "words", are the tokens of instructions."""
+    """Write a tasks file; instructions are cut into "characters" or "words"."""
     spec = {"tokens": cut_into, "tasks": [task._asdict() for task in tasks]}
     write(path, json.dumps(spec, indent=1, ensure_ascii=False) + "\n")
 
 
-def place(task: Task, m: int) -> str:
-    """Where the m-th regex of a task stands in a tasks file, the held-out one after the others."""
-    last = m == len(task.distributions)
-    return f"task {task.name}, " + ("held_out" if last else f"distributions[{m}]")
-
-
 def read_tasks(path: str | Path, max_len: int) -> tuple[str, list[Task]]:
-    """Read a tasks file. Raises ValueError naming task, key and fault, OSError if it cannot be read."""
+    """Read a tasks file. Raises ValueError naming task, key and fault, OSError if it cannot be read.
+
+    Inputs and outputs are brought to the form that the network reads: words with single spaces between them.
+    """
     def check(right, where, rule):
         if not right:
             raise ValueError(f"{path}, {where}: {rule}")
 
-    def once(pairs):        # json keeps the last value of a key given twice; None is refused below
-        times = Counter(key for key, _ in pairs)
-        return {key: value if times[key] == 1 else None for key, value in pairs}
+    def unique(pairs):              # json would keep the last value of a key that is there twice
+        for key, times in Counter(key for key, _ in pairs).items():
+            check(times == 1, f"key {key!r:.60}", "is there twice")
+        return dict(pairs)
 
     try:
-        spec = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=once)
+        spec = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
         json.dumps(spec, ensure_ascii=False).encode()           # a lone surrogate is no text
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path} is not a tasks file, it is not JSON: {e}") from None
-    check(isinstance(spec, dict) and isinstance(spec.get("tasks"), list), "tasks",
-          "must be a list, and there once")
-    check(spec["tasks"], "tasks", "must not be empty")
-    check(spec.get("tokens") in ("characters", "words"), "tokens",
-          'must be "characters" or "words", and there once')
-    tasks, regexes = {}, []
+    except (UnicodeError, json.JSONDecodeError, RecursionError) as e:
+        raise ValueError(f"{path} is not JSON: {e}") from None
+    spec = spec if isinstance(spec, dict) else {}
+    check(spec.get("tokens") in ("characters", "words"), "tokens", 'must be "characters" or "words"')
+    check(isinstance(spec.get("tasks"), list) and spec["tasks"], "tasks", "must be a list of at least one task")
+    tasks, regexes = {}, {}
     for number, entry in enumerate(spec["tasks"]):
-        where = f"task {isinstance(entry, dict) and entry.get('name') or number}"
-        for key, kind in {"name": str, "map": dict, "distributions": list, "held_out": str}.items():
-            check(isinstance(entry, dict) and isinstance(entry.get(key), kind) and entry[key],
-                  f"{where}, {key}", f"is missing, empty, there twice or not a {kind.__name__}")
-        task = Task(**{key: entry[key] for key in Task._fields})
-        check(task.name not in tasks, f"{where}, name", "is another task's, too")
-        for io in task.map.items():
-            check(all(isinstance(word, str) and word.strip() for word in io), f"{where}, map, {io[0]!r:.60}",
-                  "needs one output, and both must be text that is not blank")
-        check(len({*map(tuple, map(WORD.findall, task.map))}) == len(task.map), f"{where}, map",
-              "has two inputs that are the same words")
+        entry = entry if isinstance(entry, dict) else {}
+        where = f"task {entry.get('name') or number}, "
+        for key, kind in zip(Task._fields, (str, dict, list, str)):
+            check(isinstance(entry.get(key), kind) and entry[key], where + key, "is missing, empty or misshapen")
+        task = Task(entry["name"], {}, entry["distributions"], entry["held_out"])
+        check(task.name not in tasks, where + "name", "is another task's, too")
         tasks[task.name] = task
-        for m, pattern in enumerate((*task.distributions, task.held_out)):
-            check(isinstance(pattern, str), place(task, m), "must be text")
+        for pair in entry["map"].items():
+            place = f"{where}map, {pair[0]!r:.60}"
+            check(all(isinstance(text, str) and words(text) for text in pair), place,
+                  "needs one output, and both must be text that is not blank")
+            word, output = (" ".join(words(text)) for text in pair)
+            check(word not in task.map, place, "is the same words as another input")
+            task.map[word] = output
+        for place, pattern in task.regexes().items():
+            check(isinstance(pattern, str), place, "must be text")
             try:
-                regex = Regex(pattern, max_len)
-                twin = next((one for one, other in regexes if not regex.isdisjoint(other)), None)
+                compile_regex(pattern, max_len)
             except ValueError as e:
-                raise ValueError(f"{path}, {place(task, m)}: {e}") from None
-            check(twin is None, place(task, m), f"{pattern!r} has strings in common with {twin}: make them "
-                  "disjoint")
-            regexes.append((place(task, m), regex))
+                check(False, place, e)
+            regexes[place] = pattern
+    overlap = find_overlap(list(regexes.values()), max_len)
+    if overlap:
+        one, other = (list(regexes)[i] for i in overlap)
+        check(False, other, f"{regexes[other]!r} has strings in common with {one}: make them disjoint")
     return spec["tokens"], list(tasks.values())
 
 
 # ---------------------------------------------------------------- splits and tokens
 
 PAD, SEP, ANS, EOS = SPECIALS = "<pad>", "<sep>", "<ans>", "<eos>"      # <pad> is token 0
-REFUSE = "<refuse>"         # an output that apply.py teaches
-WORD = re.compile(REFUSE + r"|\w+(?:['’-]\w+)*|[^\w\s]")     # "what's" and "ice-cream" are one token each
+# Signs that belong to the letter before them and have no Unicode form with it, as in Hindi or Thai.
+MARKS = "\u200c\u200d" + "".join(
+    c for c in map(chr, range(0x300, 0x1F000)) if unicodedata.category(c).startswith("M"))
+WORD = re.compile(r"\w[\w%s]*(?:['’-]\w[\w%s]*)*|[^\w\s][%s]*" % (MARKS, MARKS, MARKS))
+
+
+def words(text: str) -> list[str]:
+    """The words and punctuation marks of a text, in Unicode's form NFC; "what's" and "ice-cream" are one each."""
+    return WORD.findall(unicodedata.normalize("NFC", text))
+
+
+def cut(instruction: str, cut_into: str) -> list[str]:
+    """The tokens of an instruction, which is cut into "characters" or "words"."""
+    text = unicodedata.normalize("NFC", instruction)
+    return list(text) if cut_into == "characters" else words(text.lower())
 
 
 class Instance(NamedTuple):
-    """One line of the data: what is read and answered, and the numbers of its task and of its regex."""
+    """One line of the data: what is read and answered, and what it belongs to, as numbers."""
     instruction: str
     input: str
     output: str
     task: int
     distribution: int
+    input_set: int          # the first task with the same set of inputs
 
 
 IDENTITIES = {      # what an instance can be grouped by; one more line adds one
@@ -523,6 +487,7 @@ IDENTITIES = {      # what an instance can be grouped by; one more line adds one
     "distribution": lambda x: x.distribution,
     "input": lambda x: x.input,
     "output": lambda x: x.output,
+    "input_set": lambda x: x.input_set,
 }
 
 
@@ -555,37 +520,32 @@ class Dataset(NamedTuple):
     splits: dict[str, Split]                # train, subset, val, ood, and pairs if a task is large
 
 
-def cut(instruction: str, cut_into: str) -> list[str]:
-    """The tokens of an instruction."""
-    return list(instruction) if cut_into == "characters" else WORD.findall(instruction.lower())
-
-
 def encode(instances: dict[str, list[Instance]], cut_into: str) -> tuple[list[str], dict[str, Split]]:
-    """The vocabulary of lists of instances, and each list as a split; an instruction's are to be adjacent."""
-    everything = set().union(*instances.values())
-    texts = {x: [*cut(x.instruction, cut_into), SEP, *WORD.findall(x.input),
-                 ANS, *WORD.findall(x.output), EOS] for x in everything}
+    """The vocabulary of lists of instances, and each list as a split; an instruction's are to be adjacent.
+
+    Raises ValueError if two instructions are the same tokens.
+    """
+    texts, known = {}, {}
+    for x in set().union(*instances.values()):
+        instruction = cut(x.instruction, cut_into)
+        twin = known.setdefault(tuple(instruction), x.instruction)
+        if twin != x.instruction:
+            raise ValueError(f"{twin!r} and {x.instruction!r} are the same words: let no regex allow both")
+        texts[x] = [*instruction, SEP, *x.input.split(), ANS, *x.output.split(), EOS]
     vocabulary = [*SPECIALS, *sorted(set().union(*texts.values()) - set(SPECIALS))]
-    width, id_of = max(map(len, texts.values())), {token: i for i, token in enumerate(vocabulary)}
-    values = {name: sorted({identity(x) for x in everything}) for name, identity in IDENTITIES.items()}
+    number, width = {token: i for i, token in enumerate(vocabulary)}, max(map(len, texts.values()))
+    values = {key: sorted({identity(x) for x in texts}) for key, identity in IDENTITIES.items()}
     splits = {}
     for name, some in instances.items():
-        rows = np.array([[id_of[token] for token in texts[x]] + [0] * (width - len(texts[x])) for x in some])
-        sep, ans = ((rows == id_of[mark]).argmax(1) for mark in (SEP, ANS))
-        first = np.sort(np.unique([x.instruction for x in some], return_index=True)[1])
+        tokens = np.array([[number[token] for token in texts[x]] + [0] * (width - len(texts[x])) for x in some])
+        sep, ans = (tokens == number[SEP]).argmax(1), (tokens == number[ANS]).argmax(1)
+        is_output = (np.arange(width) > ans[:, None]) & (tokens != 0)
         identities = {key: np.searchsorted(values[key], [identity(x) for x in some])
                       for key, identity in IDENTITIES.items()}
-        splits[name] = Split(some, rows, (np.arange(width) > ans[:, None]) & (rows != 0), identities, {
+        first = np.sort(np.unique([x.instruction for x in some], return_index=True)[1])
+        splits[name] = Split(some, tokens, is_output, identities, {
             "instruction": (first, sep[first]), "answer": (np.arange(len(some)), ans)})
     return vocabulary, splits
-
-
-def take_turns(pairs: list, n: int, rng: random.Random):
-    """Yield n pairs for an instruction to be taught with and up to n others, again and again, all in turn."""
-    deck = rng.sample(pairs, len(pairs)) if len(pairs) > n else pairs
-    while True:
-        yield deck[:n], deck[n:2 * n]
-        deck = deck[n:] + deck[:n]
 
 
 def make_dataset(cfg: DataConfig) -> Dataset:
@@ -595,46 +555,39 @@ def make_dataset(cfg: DataConfig) -> Dataset:
     instructions of subset with at most as many others. Raises ValueError for sizes that cannot be.
     """
     cfg.check()
-    if cfg.n_val > cfg.n_train:
-        raise ValueError(f"n_val ({cfg.n_val}) is above n_train ({cfg.n_train}), subset would be smaller")
     cut_into, tasks = read_tasks(cfg.tasks, cfg.max_len) if cfg.tasks else ("characters", random_tasks(cfg))
-    file = f"{cfg.tasks}, " if cfg.tasks else ""
-    instances, places = {"train": [], "subset": [], "val": [], "ood": [], "pairs": []}, []
-    for t, task in enumerate(tasks):
-        if len(task.map) > cfg.n_train * cfg.n_asked:
-            raise ValueError(f"{file}task {task.name}, map: {len(task.map)} inputs are more than a regex "
-                             f"teaches: raise n_asked ({cfg.n_asked}) or n_train ({cfg.n_train})")
-        for m, pattern in enumerate((*task.distributions, task.held_out)):
-            number, trained = len(places), m < len(task.distributions)
-            places.append(file + place(task, m))
-            rng = random.Random(f"{cfg.seed_of('data')}/instructions/{number}")
-            try:                            # distinct strings, so none is in train and val
-                strings = Regex(pattern, cfg.max_len).sample(cfg.n_val + trained * cfg.n_train, rng)
-            except ValueError as e:
-                raise ValueError(f"{places[number]}: {e}; widen it, lower n_train or n_val, or raise max_len"
-                                 ) from None
-            told = {s: rng.randrange(len(tasks)) if cfg.shuffle_tasks else t for s in strings}
-            turns = {u: take_turns([("", "")] if cfg.asks_for == "nothing" else [*tasks[u].map.items()],
-                                   cfg.n_asked, rng) for u in {*told.values()}}
-            asked = {s: next(turns[told[s]]) for s in strings}
-            unseen, train = strings[:cfg.n_val], strings[cfg.n_val:]
-            subset = train[:cfg.n_val]
-            for name, some, part in [("train", train, 0), ("subset", subset, 0), ("pairs", subset, 1),
-                                     ("val" if trained else "ood", unseen, 0)]:
-                if name == "train" or t < cfg.n_probed:
-                    instances[name] += [
-                        Instance(s, *io, told[s], number) for s in some for io in asked[s][part]]
-
+    inputs, n = [set(task.map) for task in tasks], cfg.n_asked
+    most = max(map(len, inputs))
+    if cfg.n_val > cfg.n_train or most > cfg.n_train * n:
+        raise ValueError(f"n_train is {cfg.n_train}, it must be at least n_val ({cfg.n_val}), and times n_asked "
+                         f"({n}) at least {most}, the inputs of a task")
+    instances = {"train": [], "subset": [], "val": [], "ood": [], "pairs": []}
+    regexes = [(t, *regex) for t, task in enumerate(tasks) for regex in task.regexes().items()]
+    for number, (t, place, pattern) in enumerate(regexes):
+        rng, held_out, decks = random.Random(f"{cfg.seed}/instructions/{number}"), place.endswith("held_out"), {}
+        try:                                    # distinct strings, so none is in train and val
+            strings = compile_regex(pattern, cfg.max_len).sample(cfg.n_val + cfg.n_train * (not held_out), rng)
+        except ValueError as e:
+            raise ValueError(f"{place}: {e}; widen it, lower n_train or n_val, or raise max_len") from None
+        for i, string in enumerate(strings):
+            told = rng.randrange(len(tasks)) if cfg.shuffle_tasks else t
+            if told not in decks:               # a task's inputs, those whose turn it is in front
+                pairs = [("", "")] if cfg.asks_for == "nothing" else list(tasks[told].map.items())
+                decks[told] = rng.sample(pairs, len(pairs))
+            asked, others = decks[told][:n], decks[told][n:2 * n]
+            decks[told] = decks[told][n:] + asked
+            parts = {"train": asked} if i >= cfg.n_val else {}
+            if t < cfg.n_probed and i < cfg.n_val:
+                parts = {"ood" if held_out else "val": asked}
+            elif t < cfg.n_probed and i < 2 * cfg.n_val:
+                parts = {"train": asked, "subset": asked, "pairs": others}
+            for name, pairs in parts.items():
+                for word, output in pairs:
+                    x = Instance(string, word, output, told, number, inputs.index(inputs[told]))
+                    if cfg.asks_for in ("task", "distribution"):
+                        x = x._replace(output=f"{cfg.asks_for}{getattr(x, cfg.asks_for)}")
+                    instances[name].append(x)
     instances = {name: some for name, some in instances.items() if some}    # there may be no `pairs`
-    if cfg.asks_for in ("task", "distribution"):
-        instances = {name: [x._replace(output=f"{cfg.asks_for}{getattr(x, cfg.asks_for)}") for x in some]
-                     for name, some in instances.items()}
-    first_cut = {}
-    for s, number in {x.instruction: x.distribution for some in instances.values() for x in some}.items():
-        twin = first_cut.setdefault(tuple(cut(s, cut_into)), s)
-        if twin != s:
-            raise ValueError(f"{places[number]}: {twin!r} and {s!r} are the same words, "
-                             "let them differ in more than spaces and capitals")
     return Dataset(cut_into, tasks, *encode(instances, cut_into))
 
 
@@ -646,11 +599,12 @@ class Flags(argparse.ArgumentParser):
 
     def __init__(self, config: type | None = None, **texts):
         super().__init__(allow_abbrev=False, **texts)
-        for field in dataclasses.fields(config) if config else ():
-            takes = dict(type=field.type, metavar=field.type.__name__.upper())
-            takes = dict(action="store_true") if field.type is bool else takes
-            self.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, **takes,
-                              help=f"{field.metadata['why']} (default: {field.default!r})")
+        source = "".join(inspect.getsource(part) for part in config.__mro__[:-1]) if config else ""
+        for name, why in re.findall(r"(\w+): \w+ = .*?# (.*)", source):
+            default = getattr(config, name)
+            takes = {"action": "store_true"} if default is False else {"type": type(default)}
+            self.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **takes,
+                              help=f"{why} (default: {default!r})")
 
     def error(self, message):
         raise ValueError(f"{message}; --help lists the flags")
@@ -658,10 +612,11 @@ class Flags(argparse.ArgumentParser):
 
 def command_line(main):
     """Run main(). Bad input becomes one line, `error: what to do`, on stderr and exit status 2."""
-    sys.stdout.reconfigure(errors="replace")
+    if hasattr(sys.stdout, "reconfigure"):      # not where stdout is closed, or a notebook's
+        sys.stdout.reconfigure(errors="replace")
     try:
         main()
-    except BrokenPipeError:         # whoever read our output, say `head`, has seen enough
+    except BrokenPipeError:                     # whoever read our output, say `head`, has seen enough
         os._exit(141)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -675,25 +630,18 @@ def main():
     """Print a data set on a page."""
     cfg = DataConfig(**vars(Flags(DataConfig, description=main.__doc__).parse_args()))
     data = make_dataset(cfg)
-    print(f"{len(data.tasks)} tasks, {len(data.vocabulary)} tokens, sequences of at most "
-          f"{data.splits['train'].tokens.shape[1]}; instructions are cut into {data.cut_into}\n\n"
-          "split   instructions  instances  tasks  regexes")
+    print(len(data.tasks), "tasks,", len(data.vocabulary), "tokens; instructions are cut into", data.cut_into,
+          "\n\nsplit   instructions  instances")
     for name, split in data.splits.items():
-        sizes = (len(np.unique(split.identities[key])) for key in ("task", "distribution"))
-        print(f"{name:6}{len(split.positions['instruction'][0]):14,}{len(split.instances):11,}"
-              + "{:7}{:9}".format(*sizes))
+        print(f"{name:6}{len(split.positions['instruction'][0]):14,}{len(split.instances):11,}")
     task = data.tasks[0]
-    some = islice(task.map.items(), cfg.n_asked)
-    print(f"\ntask {task.name} maps " + ", ".join(f"{i} to {o}" for i, o in some)
-          + f" and {len(task.map) - cfg.n_asked} more" * (len(task.map) > cfg.n_asked))
-    for m, pattern in enumerate((*task.distributions, task.held_out)):
-        regex = Regex(pattern, cfg.max_len)
-        some = ", ".join(regex.sample(3, random.Random(0), unique=False))
-        print(f"  {f'regex {m}' if m < len(task.distributions) else 'held out'}  {pattern}   "
-              f"{show(regex.count)} strings, as {some}")
+    print(f"\ntask {task.name} maps", ", ".join(f"{word} to {output}" for word, output in task.map.items()))
+    for place, pattern in task.regexes().items():
+        some = ", ".join(compile_regex(pattern, cfg.max_len).sample(3, random.Random(0)))
+        print(f"  {place.split()[-1]:17}{pattern}   for example {some}")
     for name, split in data.splits.items():
         print(f"\n{name}")
-        for row in random.Random(f"{cfg.seed}/print").choices(range(len(split.tokens)), k=5):
+        for row in random.Random(0).choices(range(len(split.tokens)), k=5):
             text = " ".join(data.vocabulary[i] for i in split.tokens[row] if i)     # 0 is <pad>
             print(f"  {text}   (task {data.tasks[split.instances[row].task].name})")
 

@@ -241,7 +241,7 @@ def draw_events(rows, metrics):
 def draw_film(run, data):
     """States of val, layer by capture: on the first two principal components of the layer's last capture."""
     steps = kept_steps(run)
-    accuracy = {row["step"]: row["acc_val"] for row in read_rows(run / "metrics.jsonl", "step", "acc_val")}
+    accuracy = {row["step"]: row["acc_val"] for row in read_rows(run / "metrics.jsonl")}
     shown = sorted({min(steps, key=lambda step: abs(step - even)) for even in np.linspace(0, steps[-1], 6)})
     for position in data.splits["val"].positions:
         ids = data.splits["val"].labels(position)
@@ -342,7 +342,7 @@ def save(figures, out: Path, caption: str):
 
 def draw_demo(folder: Path, out: Path):
     """Draw a demo of apply.py; return the merged rows and the seeds."""
-    rows = read_rows(folder / "apply.jsonl", "seed", "measure", "value")
+    rows = read_rows(folder / "apply.jsonl")
     seeds = list(dict.fromkeys(row["seed"] for row in rows))
     draw = draw_align if "arm" in rows[0] else draw_pretrain
     rows = merge([[row for row in rows if row["seed"] == seed] for seed in seeds])
@@ -366,7 +366,7 @@ def draw_runs(runs: list[Path], out: Path):
     changed = [f"{key} {x}" for key, x in knobs[0].items() if x != getattr(Config, key)]
     what = (", ".join(changed) or "the default run") + "\n"
     metrics, probed, patched = (
-        merge([read_rows(run / name, "step" if name == "metrics.jsonl" else "position") for run in runs])
+        merge([read_rows(run / name) for run in runs])
         if any((run / name).exists() for run in runs) else []
         for name in ("metrics.jsonl", "probe.jsonl", "patch.jsonl"))
     if not metrics:

@@ -22,13 +22,14 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from data import Dataset, Flags, Split, command_line
+
 import numpy as np
-import torch
+import torch                # after data, which sets how torch's threads wait
 import torch.nn.functional as F
 
-from data import Dataset, Flags, Split, command_line
 from train import (CAPTURED, capture_path, kept_steps, make_generator, observe, pick_device, read_arrays,
-                   read_config, read_data, read_model, read_rows, write_rows)
+                   read_config, read_data, load_model, read_rows, write_rows)
 
 # ---------------------------------------------------------------- k-means
 
@@ -474,6 +475,8 @@ def scores(states: torch.Tensor, ids: dict[str, np.ndarray], known=None, seed: i
     _, one, regex = np.unique(pair, return_index=True, return_inverse=True)
     for identity, classes in ids.items():
         classes = np.unique(classes, return_inverse=True)[1]
+        if identity == "input_set" and classes.max() == task.max() == len(set(zip(classes, task))) - 1:
+            continue                        # each task has inputs of its own: this says what `task` does
         clusters = kmeans(states, classes.max() + 1, seed=seed)[0].cpu().numpy()    # (S, L + 1, n)
         for name, measure in MEASURES.items():
             yield (identity, name, classes, regex if identity == "task" else None,
@@ -495,7 +498,7 @@ def scores(states: torch.Tensor, ids: dict[str, np.ndarray], known=None, seed: i
 
 def progress(text: str):
     """Show what is being done in a line of a terminal that the next one replaces."""
-    if sys.stderr.isatty():
+    if sys.stderr and sys.stderr.isatty():
         print(f"\r\x1b[K{text}", end="\r", file=sys.stderr, flush=True)
 
 
@@ -589,7 +592,7 @@ def print_report(run: str | Path, rows: list[dict], beside: list[dict] = ()):
     here, there = val(rows), val(beside)
     steps, layers = (sorted({row[key] for row in rows if row["position"] != "surface"})
                      for key in ("step", "layer"))
-    accuracy = {row["step"]: row["acc_val"] for row in read_rows(f"{run}/metrics.jsonl", "step", "acc_val")}
+    accuracy = {row["step"]: row["acc_val"] for row in read_rows(f"{run}/metrics.jsonl")}
     scored = list(dict.fromkeys(key[:3] for key in here))
     clustered = [key for key in scored if key[1:] == ("task", "f1") and key[0] != "surface"]
     numbers = "layer" + "".join(f"{layer:2}      " for layer in layers)
@@ -699,7 +702,7 @@ def patch(run: str | Path) -> list[dict]:
     """
     cfg, data = read_config(run), read_data(run)
     device = pick_device()          # wherever it was trained
-    model = read_model(run, data, device)
+    model = load_model(run, data, device)
     val, subset, generator = data.splits["val"], data.splits["subset"], make_generator(cfg.seed, "patch")
     read = {position: columns[val.state_of(position)] for position, (_, columns) in val.positions.items()}
     donor = donors(val, read, {x.task for x in subset.instances}, cfg.seed)     # centroids are of subset
@@ -766,8 +769,7 @@ def main():
         rows, name = patch(given.run), "patch.jsonl"
         print_patch(rows)
     else:
-        columns = "view", "split", "position", "identity", "measure", "step", "layer", "value", "null_95"
-        beside = read_rows(Path(given.beside) / "probe.jsonl", *columns) if given.beside else []
+        beside = read_rows(Path(given.beside) / "probe.jsonl") if given.beside else []
         for view in given.view if given.beside else ():
             if all(row.get("view") != view for row in beside):
                 raise ValueError(f"{given.beside} has no scores of view {view}: probe it with --view {view}")

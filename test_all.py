@@ -47,7 +47,7 @@ HERE = Path(__file__).parent
 settings.register_profile("all", deadline=None, derandomize=True)
 settings.load_profile("all")
 SMALL = dict(n_tasks=4, n_distributions=2, n_mappings=3, n_inputs=5, n_outputs=6, n_train=12, n_val=6)
-TINY = dict(SMALL, n_layer=2, n_head=2, n_embd=16, epochs=6, batch_size=64, n_captures=6, device="cpu")
+TINY = dict(SMALL, n_layer=2, n_head=2, n_embd=16, steps=24, batch_size=64, n_captures=6, device="cpu")
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 drawn = pytest.mark.skipif(plot.plt is None, reason="needs matplotlib, which make figures installs")
 
@@ -150,7 +150,7 @@ def test_regex_on_any_text_raises_valueerror_or_agrees_with_re(pattern, string):
     try:
         regex = Regex(pattern, max_len=8)
     except ValueError as error:
-        assert re.search(r"at position \d+ of|needs more than|too ", str(error))
+        assert re.search(r"at position \d+ of|too ", str(error))
         return
     assert regex.matches(string) == bool(re.fullmatch(pattern, string))
     for s in regex.sample(min(3, regex.count), random.Random(0)):
@@ -160,25 +160,25 @@ def test_regex_on_any_text_raises_valueerror_or_agrees_with_re(pattern, string):
 @pytest.mark.parametrize("pattern, count", [
     ("a|a", 1), ("(a|ab)(c|bc)", 3), ("(a|a){10}", 1), ("(a|b)?a?", 5), ("a|b|a", 2), ("", 1), ("[^ -~]", 0),
     ("(a|a)*", 65), ("(a*)*", 65), ("a*", 65), ("a{1000}", 0), ("[a-z]{40}", 26 ** 40), ("[]a]", 2),
-    ("(" * 200 + "a" + ")" * 200, 1), ("(" * 200 + "a" + ")*" * 200, 65), (r"\w", 63), (r"\W", 32),
+    ("(" * 50 + "a" + ")" * 50, 1), ("(" * 50 + "a" + ")*" * 50, 65), (r"[\d.]", 11), ("a{0,15000}", 65),
+    ("(a?){9999}", 65), ("(|a){99999}", 65), ("((((a{99}){99}){99}){99})", 0), ("a{" + "9" * 5000 + "}", 0), (r"\w", 63), (r"\W", 32),
     (r"[^\d]", 85), ("(" + "|" * 9000 + "){2000}", 1),
     ("|".join(map("".join, list(itertools.product("abcde", repeat=4))[:300])), 300),
     ("(a|b|ab|ba){8}", 12866)])     # the last by listing them all
 def test_regex_counts_strings_and_not_derivations(pattern, count):
     assert Regex(pattern).count == count
+    assert Regex("a" * 1415, 1415).count == 1
     if pattern.endswith("{8}"):
         assert len({"".join(s) for s in itertools.product(["a", "b", "ab", "ba"], repeat=8)}) == count
 
 
 @pytest.mark.parametrize("pattern", [
-    "[ab]{0,60}a[ab]{60}", "[ab]*a[ab]{13}", "(a?){9999}", "((((a{99}){99}){99}){99})", "(|a){99999}",
-    "a{0,15000}", "(" * 6000 + "a" + ")*" * 6000, "[\u0100-\u0400]?" * 2000, "a{" + "9" * 5000 + "}",
+    "[ab]{0,60}a[ab]{60}", "[ab]*a[ab]{13}", "(" * 6000 + "a" + ")*" * 6000, "[\u0100-\u0400]?" * 2000,
+    "(" * 200 + "a?b?c?" + "){0,50}" * 200, "a?" * 20_000, "[\x01-\U0010ffff]*",
     "(.*a.{12})|(.*b.{11})", ".{0,50}a.{50}|.{0,40}b.{40}", "(((a?){20}b?){20}c?){20}"])
-def test_regex_that_would_explode_is_refused_in_two_seconds(pattern, second):
-    start = time.process_time()
-    with pytest.raises(ValueError, match="too|more than"):
+def test_regex_that_would_explode_is_refused(pattern):
+    with pytest.raises(ValueError, match="too"):
         Regex(pattern)
-    assert time.process_time() - start < 2 * second
 
 
 @pytest.mark.parametrize("pattern, construct, position", [
@@ -186,10 +186,12 @@ def test_regex_that_would_explode_is_refused_in_two_seconds(pattern, second):
     (r"(a)\1", r"back-reference \1", 3), (r"\q", r"escape \q", 0), ("a\\", "escape \\", 1),
     (r"[\n]", r"escape \n", 1),
     ("a(?=b)", "group (?=", 1), ("(?P<x>a)", "group (?P", 0), ("a*?", "lazy quantifier ?", 2),
-    ("a++", "possessive quantifier +", 2), ("a**", "doubled quantifier *", 2),
+    ("a++", "possessive quantifier +", 2),
+    (r"\101", r"octal escape \101", 0), (r"[\b]", r"escape \b", 1), (r"[\1]", r"escape \1", 1), ("(?", "group (?", 0),
+    ("a**", "doubled quantifier *", 2),
     ("a{2}{3}", "doubled quantifier {", 4),
-    ("*a", "leading quantifier *", 0), ("a|+", "leading quantifier +", 2), ("a{", "bare or empty {", 1),
-    ("a{,3}", "bare or empty {", 1), ("a{3,2}", "bare or empty {3,2}", 1), ("a]", "bare ]", 1),
+    ("*a", "leading quantifier *", 0), ("a|+", "leading quantifier +", 2), ("a{", "bare {", 1),
+    ("a{,3}", "bare {", 1), ("a{3,2}", "empty repetition {3,2}", 1), ("a]", "bare ]", 1),
     ("}", "bare }", 0), ("(a", "unclosed (", 0), ("a)", "unmatched )", 1), ("x[a", "unclosed [", 1),
     ("[b-a]", "bad range b-a", 1), (r"[a-\d]", r"bad range a-\d", 1),
     (r"[\s-a]", r"bad range \s-a", 1)])
@@ -199,10 +201,13 @@ def test_regex_names_what_it_does_not_support_and_where(pattern, construct, posi
 
 
 def test_regex_refuses_strings_it_does_not_have():
-    with pytest.raises(ValueError, match="has only 2 strings"):
+    with pytest.raises(ValueError, match="has only 2"):
         Regex("a|b").sample(3, random.Random(0))
-    with pytest.raises(ValueError, match="has only 0 strings"):
+    with pytest.raises(ValueError, match="has only 0"):
         Regex("[^ -~]").sample(1, random.Random(0), unique=False)
+    with pytest.raises(ValueError, match="-1 strings"):
+        Regex("a|b").sample(-1, random.Random(0))
+    assert Regex("[^ -~]").sample(0, random.Random(0)) == []
     for wrong in ("a", -1), ("a", 1.5), (None, 4):
         with pytest.raises(ValueError):
             Regex(*wrong)
@@ -231,17 +236,6 @@ def test_regex_sampling_is_uniform_beyond_64_bits():
         assert chi2 < 25 + 4 * math.sqrt(50)
 
 
-def test_regex_compiles_and_samples_fast(second):
-    rng = random.Random(0)
-    patterns = [data.random_pattern(rng) for _ in range(50)]
-    start = time.process_time()
-    regexes = [Regex(pattern) for pattern in patterns]
-    compiled = time.process_time()
-    n = sum(len(regex.sample(700, rng)) for regex in regexes)
-    sampled = time.process_time() - compiled
-    assert (compiled - start) / 50 < 0.005 * second and n / sampled > 100_000 / second
-
-
 # ---------------------------------------------------------------- tasks, splits, tokens
 
 
@@ -263,6 +257,17 @@ def test_languages_are_pairwise_disjoint(seed, n_tasks, n_distributions, n_mappi
                  for task in tasks for r in map(Regex, (*task.distributions, task.held_out))]
     assert len(languages) == n_tasks * (n_distributions + 1)
     assert len(set().union(*languages)) == sum(map(len, languages))
+
+
+@given(st.lists(patterns, min_size=2, max_size=5))
+@settings(max_examples=60)
+def test_find_overlap_names_two_languages_that_share_a_string_if_there_are_any(some):
+    some = [p.replace(r"\.", "c").replace("[^a]", "[b1]").replace(r"\d", "1").replace(".", "[a1]") for p in some]
+    some = [p.replace("[b-d]", "[bc]") for p in some]
+    languages = [{s for s in STRINGS if re.fullmatch(p, s)} for p in some]
+    shared = [(i, j) for j in range(len(some)) for i in range(j) if languages[i] & languages[j]]
+    found = data.find_overlap(some, 4)
+    assert (found in shared) if shared else found is None
 
 
 def test_no_instruction_is_in_two_of_train_val_ood(dataset):
@@ -292,6 +297,7 @@ def test_input_and_output_alone_do_not_give_the_task_away(dataset):
         assert sizes[0] >= 2 and sizes[-1] - sizes[0] <= 1      # all in as many tasks, give or take one
     pairs = [pair for task in dataset.tasks for pair in task.map.items()]
     assert len(set(pairs)) == len(pairs)        # an input has another output in each of its tasks
+    assert len({frozenset(task.map) for task in dataset.tasks}) == 16
     assert len({len(x.instruction) for split in dataset.splits.values() for x in split.instances}) == 1
 
 
@@ -301,6 +307,28 @@ def test_random_tasks_are_found_where_pairs_are_scarce():
     assert len(set(pairs)) == len(pairs) == 140
     uses = Counter(output for _, output in pairs)
     assert len(uses) == 20 and max(uses.values()) - min(uses.values()) <= 2
+
+
+@given(st.integers(0, 10 ** 6), st.integers(1, 6), st.integers(0, 3), st.booleans())
+@settings(max_examples=60)
+def test_sets_of_inputs_differ_as_far_as_the_pool_allows_and_twins_share_theirs(seed, pairs, more, twins):
+    n, k = 2 * pairs + 2, 3
+    cfg = DataConfig(n_tasks=n, n_mappings=k, n_inputs=min(k + more, n * k // 2), n_outputs=n * k // 2, twins=twins)
+    maps = data.random_maps(cfg, random.Random(seed))
+    sets = [frozenset(task) for task in maps]
+    some = sets[::2] if twins else sets
+    assert not twins or sets[::2] == sets[1::2]
+    assert len(set(some)) == min(len(some), math.comb(cfg.n_inputs, k))
+    assert all(a[word] != b[word] for i, a in enumerate(maps) for b in maps[:i] for word in {*a} & {*b})
+
+
+def test_identity_input_set_is_which_inputs_the_task_has():
+    d = make_dataset(DataConfig(twins=True, n_tasks=6, n_inputs=8, n_outputs=12))
+    split = d.splits["val"]
+    sets = [frozenset(d.tasks[x.task].map) for x in split.instances]
+    ids = split.identities["input_set"]
+    assert len(set(ids)) == 3 and len(set(zip(ids.tolist(), sets))) == 3
+    assert "input_set" in split.labels("instruction")
 
 
 def test_tokens_read_instruction_sep_input_ans_output_eos(dataset):
@@ -320,8 +348,7 @@ def test_at_instruction_each_string_counts_once_by_task_and_distribution(dataset
     rows, _ = split.positions["instruction"]
     assert len(rows) == len({x.instruction for x in split.instances}) == len({split.instances[r].instruction
                                                                               for r in rows})
-    once = set(split.labels("instruction"))
-    assert {"task", "distribution"} <= once and not {"input", "output"} & once
+    assert set(split.labels("instruction")) == {"task", "distribution", "input_set"}
     assert list(split.labels("answer")) == list(data.IDENTITIES)
     assert split.labels("instruction")["task"].tolist() == [split.instances[r].task for r in rows]
 
@@ -373,6 +400,33 @@ def test_words_are_cut_as_a_reader_would(tmp_path):
     assert {text.replace(" <pad>", "") for text in texts} >= {
         f"what's it ? {end}", f"what's this , then ? {end}"}
     assert any(text.startswith("ice-cream ") for text in texts)
+
+
+def test_text_is_what_its_tokens_are_whatever_its_spaces_and_unicode_form(tmp_path):
+    def made(*inputs, outputs="New York", mark="\u00e9"):
+        tasks = [data.Task(f"t{i}", {word: outputs, "x": "y"}, [f"{i} caf{mark} [a-e]"], f"{i} th{mark} [a-e]")
+                 for i, word in enumerate(inputs)]
+        data.write_tasks(tmp_path / "tasks.json", "words", tasks)
+        return make_dataset(DataConfig(tasks=str(tmp_path / "tasks.json"), n_train=3, n_val=1))
+
+    plain = made("cow", "cow")
+    for other in made("cow", " cow\u00a0"), made("cow", "cow", outputs="New \t York"), made(
+            "cow", "cow", mark="e\u0301"):
+        for name, split in plain.splits.items():
+            assert np.array_equal(split.tokens, other.splits[name].tokens)
+            assert all(np.array_equal(ids, other.splits[name].identities[key])
+                       for key, ids in split.identities.items())
+    with pytest.raises(ValueError, match="are the same words"):
+        tasks = [data.Task("t", {"x": "y"}, ["caf\u00e9 [a-e]"], "cafe\u0301 [a-e]")]
+        data.write_tasks(tmp_path / "tasks.json", "words", tasks)
+        make_dataset(DataConfig(tasks=str(tmp_path / "tasks.json"), n_train=3, n_val=2))
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("हिन्दी में", ["हिन्दी", "में"]), ("น้ำ ที่", ["น้ำ", "ที่"]), ("Tie\u0302\u0301ng Vie\u0323\u0302t", ["Tiếng", "Việt"]),
+    ("İstanbul".lower(), ["i\u0307stanbul"]), ("can't e-mail; 3.5", ["can't", "e-mail", ";", "3", ".", "5"])])
+def test_letters_and_their_marks_are_one_word(text, expected):
+    assert data.words(text) == expected
 
 
 @pytest.mark.parametrize("asks_for", ["task", "distribution", "nothing"])
@@ -447,7 +501,7 @@ def test_facts_that_follow_from_one_another_agree(facts):
 
 
 def test_all_probes_and_controls_take_facts(tmp_path):
-    knobs = dict(train.PRESETS["facts"], n_probed=2, n_train=6, n_val=3, epochs=1, n_captures=1, n_layer=1)
+    knobs = dict(train.PRESETS["facts"], n_probed=2, n_train=6, n_val=3, steps=4, n_captures=1, n_layer=1)
     run, shuffled = tmp_path / "run", tmp_path / "shuffled"
     train.train(train.Config(**{**knobs, "out": str(run)}))
     train.train(train.Config(**{**knobs, "out": str(shuffled), "shuffle_tasks": True}))
@@ -552,16 +606,21 @@ def test_cuda_runs_a_fused_kernel_with_the_same_result(gpt):
 
 
 @given(st.integers(1, 5000), st.integers(1, 40))
-def test_captures_are_about_n_from_start_to_end(total, n):
+def test_captures_go_from_start_to_end_evenly_in_the_square_root_of_the_step(total, n):
     steps = train.capture_steps(total, n)
-    assert steps[0] == 0 and steps[-1] == total and steps == sorted(set(steps))
-    assert len(steps) <= max(n, 3) and (len(steps) >= n - 1 or len(steps) == total + 1 or total < 4 * n)
+    assert steps == sorted(set(steps)) and steps[-1] == total and (steps[0] == 0 or n == 1)
+    assert len(steps) == n or len(steps) < n and any(b - a == 1 for a, b in zip(steps, steps[1:]))
+    roots = np.sqrt(steps)
+    assert n == 1 or np.abs(roots[:, None] - np.linspace(0, total ** 0.5, n)).min(1).max() < 1
 
 
-def test_capture_schedule_is_logarithmic_then_linear():
-    steps = train.capture_steps(360, 20)
-    assert steps[:6] == [0, 1, 2, 4, 8, 16] and len(steps) == 20
-    assert set(np.diff(steps[5:])) <= {24, 25}
+@given(st.integers(1, 500), st.floats(0, 2))
+def test_the_learning_rate_is_positive_reaches_its_peak_and_never_passes_it(steps, warmup):
+    cfg = train.Config(steps=steps, warmup=warmup)
+    rates = [train.schedule(step, cfg) for step in range(steps)]
+    assert min(rates) > 0 and max(rates) == 1
+    peak = rates.index(1)
+    assert rates[:peak + 1] == sorted(rates[:peak + 1]) and rates[peak:] == sorted(rates[peak:], reverse=True)
 
 
 def test_run_folder_is_laid_out_as_promised(run):
@@ -569,7 +628,7 @@ def test_run_folder_is_laid_out_as_promised(run):
     for name in "config.json", "tasks.json", "metrics.jsonl", "ckpt.pt", "states/labels.npz":
         assert (run / name).exists()
     assert set(rows[0]) == {"step", "epoch", "loss", "acc_subset", "acc_val", "acc_ood", "seconds"}
-    assert set(cfg["versions"]) == {"python", "torch", "numpy"} and cfg["runs_on"] in ("cpu", "cuda:0")
+    assert set(cfg["versions"]) == {"python", "torch", "numpy"}
     steps = train.capture_steps(rows[-1]["step"], 6)
     assert [row["step"] for row in rows] == steps
     assert {f"{step:06d}" for step in steps} | {"labels"} == {p.stem for p in (run / "states").iterdir()}
@@ -619,7 +678,7 @@ def test_task_accuracy_is_greedy_decoding(run, tmp_path):
         assert train.observe(net, split, batch=50)[0].sum() == right
 
 
-def stopped_at(n, cfg):
+def stopped_at(n, cfg, **given):
     """Train until the n-th evaluation, as if Ctrl-C had come in it."""
     evaluate, calls = train.evaluate, itertools.count(1)
 
@@ -630,157 +689,80 @@ def stopped_at(n, cfg):
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "evaluate", stop)
-        train.train(cfg)
-
-
-def steps_of(device="cpu", **changes):
-    """A step, and its network, as `train` makes them."""
-    cfg = train.Config(**{**TINY, **changes})
-    d = make_dataset(cfg)
-    net = train.make_model(cfg, d).to(device)
-    step = train.Stepper(cfg, d, net)
-    step.shuffle(0)
-    return step, net
+        train.train(cfg, **given)
 
 
 def test_muon_does_what_torchs_does_and_makes_updates_orthogonal():
     shapes, generator = [(24, 8), (8, 8), (8, 24), (24, 8), (8, 24)], torch.Generator().manual_seed(0)
     ours = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
-    rate = torch.tensor(0.0, dtype=torch.float64)
-    muon, reference = train.Muon(ours, rate, 0.3), torch.optim.Muon(theirs, 0.0, weight_decay=0.3)
+    groups = [{"params": [p for p in ours if p.shape == shape]} for shape in dict.fromkeys(shapes)]
+    muon, reference = train.Muon(groups, 0.3), torch.optim.Muon(theirs, 0.0, weight_decay=0.3)
     for lr in 0.1, 0.2, 0.05, 0.0:
         before = [p.detach().clone() for p in ours]
         for p, q in zip(ours, theirs):
             p.grad = torch.randn(p.shape, generator=generator)
             q.grad = p.grad.clone()
-        reference.param_groups[0]["lr"] = lr
-        muon.param_groups[0]["lr"].fill_(lr)
+        for group in [*reference.param_groups, *muon.param_groups]:
+            group["lr"] = lr
         muon.step(), reference.step()
         for p, q, old in zip(ours, theirs, before):
-            assert torch.allclose(p, q, atol=0.02 * lr + 1e-6)
+            assert torch.allclose(p, q, atol=0.03 * lr + 1e-6)              # torch's computes in bfloat16
             update = (old * (1 - 0.3 * lr) - p.detach()) / max(1, p.shape[0] / p.shape[1]) ** 0.5
             singular = torch.linalg.svdvals(update)
             assert (singular > 0.55 * lr - 1e-6).all() and (singular < 1.3 * lr + 1e-6).all()
 
 
 @pytest.mark.parametrize("loss_on", ["all", "answer"])
-def test_a_step_is_what_a_plain_loop_does(loss_on):
-    step, net = steps_of(optimizer="adamw", loss_on=loss_on, epochs=2)
-    cfg, plain = step.cfg, copy.deepcopy(net)
-    train_split = make_dataset(cfg).splits["train"]
-    instances = [row[row != 0].tolist() for row in train_split.tokens]
+def test_training_is_what_a_plain_loop_does_one_instance_at_a_time(loss_on, tmp_path):
+    cfg = train.Config(**{**TINY, "steps": 10}, eval_every=1, optimizer="adamw", loss_on=loss_on,
+                       out=str(tmp_path / "run"))
+    out = train.train(cfg)
+    d = make_dataset(cfg)
+    plain = train.make_model(cfg, d)
+    instances = [row[row != 0].tolist() for row in d.splits["train"].tokens]
     optimizer = torch.optim.AdamW(plain.parameters(), betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
-    total, per_epoch = 2 * (len(instances) // 64), len(instances) // 64
-    order = []
-    for at in range(total):
-        epoch, i = divmod(at, per_epoch)
+    per_epoch, order = len(instances) // 64, []
+    for step, row in enumerate(lines(out / "metrics.jsonl")[1:]):
+        epoch, i = divmod(step, per_epoch)
         if i == 0:
             order = torch.randperm(len(instances), generator=train.make_generator(0, "order", epoch)).tolist()
-            step.shuffle(at)
         losses = []
         for n in order[64 * i:64 * (i + 1)]:
             ids = torch.tensor([instances[n]])
             every = F.cross_entropy(plain(ids[:, :-1])[0][0], ids[0, 1:], reduction="none")
-            answer = torch.from_numpy(train_split.is_output[n, 1:len(instances[n])])
+            answer = torch.from_numpy(d.splits["train"].is_output[n, 1:len(instances[n])])
             losses += every[answer if loss_on == "answer" else slice(None)]
         loss = torch.stack(losses).mean()
-        warm = (at + 1) / (0.1 * total) if 0.1 * total > 1 else at + 1
-        optimizer.param_groups[0]["lr"] = cfg.lr * min(warm, (total - at) / (0.9 * total))
+        optimizer.param_groups[0]["lr"] = cfg.lr * (10 - step) / 10         # the warm-up is one step of ten
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        step()
-        assert step.take_losses() == pytest.approx(loss.item(), abs=1e-5)
-    assert all(torch.allclose(p, q, atol=1e-4) for p, q in zip(net.parameters(), plain.parameters()))
-
-
-def test_nothing_of_a_step_is_read_back_to_the_host():
-    questions = "_local_scalar_dense", "equal", "nonzero", "is_nonzero", "masked_select", "unique"
-
-    class Listening(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            asked.append(function.overloadpacket.__name__ in questions)
-            return function(*args, **(kwargs or {}))
-
-    step, net = steps_of()
-    for work, asks in (step, False), (step.take_losses, True):
-        asked = []
-        with Listening():
-            work()
-        assert any(asked) == asks and len(asked) > 1
-
-
-def test_every_step_is_taken_once_whether_run_recorded_or_replayed(monkeypatch):
-    taken, capturing, aside = [], [], contextlib.nullcontext()
-    aside.wait_stream = lambda other: None
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: aside)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: aside)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
-
-    class Graph:                    # what is captured is not run then, but whenever it is replayed
-        def replay(self):
-            taken.append("replayed")
-
-    @contextlib.contextmanager
-    def looking_on(graph, stream):
-        capturing.append(True)
-        yield
-        capturing.append(False)
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", looking_on)
-    once = train.replayed(lambda: capturing and capturing[-1] or taken.append("run"))
-    for n in range(1, 8):
-        once()
-        assert len(taken) == n
-    assert capturing == [True, False] and taken.count("run") == 3
-
-
-def test_bfloat16_learns_nearly_the_same(run, tmp_path):
-    rows = lines(train.train(train.Config(**TINY, precision="bfloat16", out=str(tmp_path / "run")))
-                 / "metrics.jsonl")
-    losses, exact = ([row["loss"] for row in some[1:]] for some in (rows, lines(run / "metrics.jsonl")))
-    assert losses != exact and np.allclose(losses, exact, atol=2e-3)
+        assert row["step"] == step + 1 and row["loss"] == pytest.approx(loss.item(), abs=1e-5)
+    trained = torch.load(out / "ckpt.pt", weights_only=True)["model"]
+    assert all(torch.allclose(p, trained[name], atol=1e-4) for name, p in plain.named_parameters())
 
 
 def test_slow_two_processes_learn_what_one_does_and_one_writes(tmp_path):
     changes = {**TINY, "optimizer": "adamw", "batch_size": 63, "eval_every": 4}     # two halves of 63 differ
 
-    def by_two(script, out, *flags):
+    def by_two(out, *flags):
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        done = subprocess.run([*torchrun, script, *as_flags({**changes, "out": out}), *flags], cwd=HERE,
-                              env={**os.environ, "PYTHONPATH": str(HERE)}, text=True, capture_output=True)
+        done = subprocess.run([*torchrun, "train.py", *as_flags({**changes, "out": out}), *flags], cwd=HERE,
+                              text=True, capture_output=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     one = train.train(train.Config(**changes, out=str(tmp_path / "one")))
-    said = by_two("train.py", tmp_path / "two")
-    assert said.count("done; next") == said.count("2 processes") == 1
+    assert by_two(tmp_path / "two").count("done; next") == 1
     stopped_at(5, train.Config(**changes, out=str(tmp_path / "both")))
-    counted = tmp_path / "counted.py"       # a thread of gloo that outlives Python aborts one run in ten
-    counted.write_text("import os, train\ntrain.main()\n"
-                       "assert not os.path.isdir(t := '/proc/self/task') or len(os.listdir(t)) == 1\n")
-    by_two(counted, tmp_path / "both", "--resume")
+    by_two(tmp_path / "both", "--resume")
     weights, rows, states = outcome(one)
     for run in tmp_path / "two", tmp_path / "both":
         weights2, rows2, states2 = outcome(run)
         assert [row["step"] for row in rows] == [row["step"] for row in rows2] and [*states] == [*states2]
         assert np.allclose([row["loss"] for row in rows[1:]], [row["loss"] for row in rows2[1:]], atol=1e-4)
         assert all(torch.allclose(weights[key], weights2[key], atol=1e-3) for key in weights)
-
-
-@cuda
-@pytest.mark.parametrize("optimizer, near", [("adamw", 1e-4), ("muon", 1e-3)])
-def test_cuda_and_cpu_losses_agree_over_20_steps(optimizer, near):
-    pairs = [steps_of(device, optimizer=optimizer, precision="float32")[0] for device in ("cpu", "cuda")]
-    for at in range(20):
-        for step in pairs:
-            if at % step.per_epoch == 0:
-                step.shuffle(at)
-            step()
-        here, there = (step.take_losses() for step in pairs)
-        assert here == pytest.approx(there, abs=near), at
 
 
 @cuda
@@ -791,25 +773,6 @@ def test_cuda_captures_agree_with_those_of_cpu(run):
         right2, states2 = train.observe(net.to("cuda"), d.splits[name])
         assert (right != right2).mean() < 0.01
         assert all(np.allclose(states[p], states2[p], rtol=2e-3, atol=2e-3) for p in states)
-
-
-@cuda
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_cuda_graph_does_what_its_step_does_and_waits_for_nothing(optimizer):
-    (eager, net), (captured, net2) = (steps_of("cuda", optimizer=optimizer) for _ in range(2))
-    replayed = train.replayed(captured)
-    for at in range(12):
-        for step, take in (eager, eager), (captured, replayed):
-            if at % step.per_epoch == 0:
-                step.shuffle(at)
-            torch.cuda.set_sync_debug_mode("error" if at > 4 else "default")    # by then it is recorded
-            try:
-                take()
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-    assert eager.take_losses() == pytest.approx(captured.take_losses(), abs=1e-3)
-    assert eager.at.item() == captured.at.item() == 12
-    assert all(torch.allclose(p, q, atol=1e-3) for p, q in zip(net.parameters(), net2.parameters()))
 
 
 @cuda
@@ -850,7 +813,7 @@ def test_same_seed_same_bits_whatever_is_evaluated_and_captured(run, tmp_path):
 
 def test_resuming_keeps_the_tasks_the_run_began_with(tmp_path, dataset):
     (tmp_path / "mine.json").write_text(json.dumps(WORDS))
-    cfg = train.Config(tasks=str(tmp_path / "mine.json"), epochs=1, out=str(tmp_path / "run"))
+    cfg = train.Config(tasks=str(tmp_path / "mine.json"), steps=5, out=str(tmp_path / "run"))
     before = outcome(train.train(cfg))
     (tmp_path / "mine.json").unlink()
     (tmp_path / "run" / "ckpt.pt").unlink()
@@ -873,7 +836,7 @@ def test_slow_a_run_killed_at_twenty_moments_ends_in_the_same_bits(run, tmp_path
     context.set_forkserver_preload(["train"])
 
     def trained(cfg):
-        process = context.Process(target=train.train, args=(cfg, Path(cfg.out).exists()))
+        process = context.Process(target=train.train, args=(cfg, (Path(cfg.out) / "config.json").exists()))
         process.start()
         return process
 
@@ -901,60 +864,90 @@ def test_slow_a_run_killed_at_twenty_moments_ends_in_the_same_bits(run, tmp_path
     assert equal(killed[0], never[0]) and killed[1:] == never[1:] and equal(killed[0], outcome(run)[0])
 
 
-def test_slow_ctrl_c_saves_says_how_to_go_on_and_exits_with_130(run, tmp_path):
-    command = [sys.executable, "-u", "train.py", *as_flags({**TINY, "epochs": 300, "out": tmp_path / "run"})]
+def test_slow_ctrl_c_says_how_to_go_on_from_the_last_evaluation_and_exits_with_130(tmp_path):
+    out = tmp_path / "my run; ls"
+    command = [sys.executable, "-u", "train.py", *as_flags({**TINY, "steps": 1200, "n_captures": 40, "out": out})]
     process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while " 1/1200" not in process.stdout.readline():           # so that training is under way
-        pass
-    time.sleep(0.5)
+    for line in iter(process.stdout.readline, ""):              # so that training is under way
+        if line.split()[0] == "28":
+            break
     process.send_signal(signal.SIGINT)
     said, complaint = process.communicate(timeout=60)
     assert process.returncode == 130 and not complaint
-    going_on = f"python train.py --resume --out {tmp_path}/run"
-    step = int(re.search(rf"stopped and saved at step (\d+); to go on: {going_on}\n", said)[1])
-    cfg = train.read_config(tmp_path / "run")
-    saved = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)
-    assert saved["step"] == step and 1 < step < 1200
-    train.train(cfg, resume=True)
-    whole = train.train(dataclasses.replace(cfg, out=str(tmp_path / "whole")))
-    went_on, never = outcome(tmp_path / "run"), outcome(whole)
+    going_on = shlex.split(said.splitlines()[-1].split("python ")[1])
+    assert going_on == ["train.py", "--resume", "--out", str(out)]
+    step = torch.load(out / "ckpt.pt", weights_only=True)["step"]
+    assert 28 <= step < 1200 and step == lines(out / "metrics.jsonl")[-1]["step"]
+    subprocess.run([sys.executable, *going_on], cwd=HERE, check=True, capture_output=True)
+    whole = train.train(dataclasses.replace(train.read_config(out), out=str(tmp_path / "whole")))
+    went_on, never = outcome(out), outcome(whole)
     assert equal(went_on[0], never[0]) and went_on[1:] == never[1:]
 
 
-def test_a_full_disk_leaves_the_run_whole_and_says_so(tmp_path):
-    cfg = train.Config(**TINY, out=str(tmp_path / "run"))
-    cases = {100: "config.json: File too large; make room, then run this again",
-             60_000: "ckpt.pt: File too large; make room, then go on with --resume"}  # captures are less
-    for most, complaint in cases.items():
-        code = (f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({most}, {most})); "
-                "import data, train; data.command_line(train.main)")
-        stopped = subprocess.run([sys.executable, "-c", code, "--out", cfg.out, *as_flags(TINY)], cwd=HERE,
-                                 capture_output=True, text=True)
-        assert stopped.returncode == 2 and re.fullmatch(rf"error: \S*{complaint}\n", stopped.stderr)
-        assert not list(tmp_path.rglob("*.tmp"))
-    went_on, never = outcome(train.train(cfg, resume=True)), outcome(train.train(
-        dataclasses.replace(cfg, out=str(tmp_path / "whole"))))
-    assert equal(went_on[0], never[0]) and went_on[1:] == never[1:]
+@pytest.mark.parametrize("left_over", ["tasks.json", "states/labels.npz", "ckpt.pt.tmp"])
+def test_a_folder_without_a_config_has_not_begun(run, left_over, tmp_path):
+    (tmp_path / "run" / "states").mkdir(parents=True)
+    (tmp_path / "run" / left_over).write_text("cut off")
+    assert equal(outcome(train.train(train.Config(**TINY, out=str(tmp_path / "run"))))[0], outcome(run)[0])
 
 
-def test_two_processes_do_not_train_one_run_and_a_killed_one_leaves_no_lock(run, capsys):
-    code = ("import train, time, sys; lock = train.hold(train.Path(sys.argv[1])); "
-            "print(1, flush=True); time.sleep(60)")
-    other = subprocess.Popen([sys.executable, "-c", code, run], cwd=HERE, stdout=subprocess.PIPE)
-    other.stdout.readline()
-    assert exit_status(train, "--out", run, "--resume") == 2
-    assert "being trained by another process" in capsys.readouterr().err
-    assert probe.kept_steps(run)                                # looking is allowed
-    other.kill()
-    other.wait()
-    assert train.train(train.read_config(run), resume=True) == run
+def test_stray_files_among_the_captures_are_ignored(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    for name in "000012 2.npz", "000012 (conflicted copy).npz", ".000012.npz.swp", "notes.npz":
+        (tmp_path / "run" / "states" / name).write_text("no capture")
+    assert train.kept_steps(tmp_path / "run") == train.kept_steps(run)
+
+
+@pytest.mark.parametrize("change", ["gelu", "average", "layer"])
+def test_weights_are_refused_when_model_py_has_changed(run, change, tmp_path, monkeypatch, capsys):
+    forward = model.MLP.forward if change == "gelu" else model.Attention.forward
+    if change == "gelu":
+        monkeypatch.setattr(model.MLP, "forward", lambda self, x: self.out(F.relu(self.up(x))))
+    elif change == "average":
+        monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, is_causal: v.cumsum(2) / torch.arange(
+            1, v.shape[2] + 1)[:, None])
+    else:
+        monkeypatch.setattr(model.GPT, "extra", None, raising=False)
+        init = model.GPT.__init__
+        monkeypatch.setattr(model.GPT, "__init__", lambda self, *args: (
+            init(self, *args), setattr(self, "more", torch.nn.Linear(2, 2)))[0])
+    for module, *argv in (probe, run, "--patch"), (train, "--out", run, "--resume"):
+        assert exit_status(module, *argv) == 2
+        assert re.fullmatch(r"error: [^\n]*model\.py[^\n]* has changed[^\n]*\n", capsys.readouterr().err)
+
+
+def test_a_run_starts_from_a_model_without_learned_positions(tmp_path, monkeypatch):
+    class NoPositions(model.GPT):
+        def __init__(self, *args):
+            super().__init__(*args)
+            del self.position
+
+        def forward(self, idx):
+            states = [self.token(idx)]
+            for block in self.blocks:
+                states.append(block(states[-1]))
+            return self.head(states[-1]), states
+
+    monkeypatch.setattr(train, "GPT", NoPositions)
+    first = train.train(train.Config(**TINY, out=str(tmp_path / "first")))
+    then = train.train(train.Config(**{**TINY, "steps": 1}, start=str(first), out=str(tmp_path / "then")))
+    assert lines(then / "metrics.jsonl")[0]["acc_val"] == lines(first / "metrics.jsonl")[-1]["acc_val"]
+
+
+@pytest.mark.parametrize("closing", [">&-", "2>&-", "> /dev/null 2>&1 < /dev/null"])
+def test_slow_streams_may_be_closed(closing, tmp_path):
+    command = f"{sys.executable} train.py {' '.join(as_flags({**TINY, 'steps': 2, 'out': tmp_path / 'run'}))}"
+    assert subprocess.run(f"{command} {closing}", shell=True, cwd=HERE).returncode == 0
+    assert lines(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 2
+    probing = subprocess.run(f"{sys.executable} probe.py {tmp_path / 'run'} {closing}", shell=True, cwd=HERE)
+    assert probing.returncode == 0
 
 
 def test_a_loss_of_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, capsys):
     wild = {**TINY, "optimizer": "adamw", "lr": 1e6, "weight_decay": 1e6, "warmup": 0}
     assert exit_status(train, "--out", tmp_path / "run", *as_flags(wild)) == 2
     said = capsys.readouterr().err
-    assert re.fullmatch(r"error: [^\n]*nan or infinite by step \d+: [^\n]*lower --lr[^\n]*\n", said)
+    assert re.fullmatch(r"error: [^\n]*nan or infinite: [^\n]*lower --lr[^\n]*\n", said)
     saved = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)
     assert all(p.isfinite().all() for p in saved["model"].values())
 
@@ -973,7 +966,7 @@ def test_weights_of_tokens_and_places_go_by_name_and_others_are_fresh(run, tmp_p
     d = make_dataset(cfg)
     d = d._replace(vocabulary=[*d.vocabulary, "new"])           # fewer places, other numbers, a token more
     fresh, new = train.make_model(cfg, d).state_dict(), train.make_model(cfg, d)
-    train.begin_with(run, new, d)
+    train.init_from(run, new, d)
     seen = {token: old_data.vocabulary.index(token) for token in d.vocabulary if token != "new"}
     assert list(seen.values()) != list(range(len(seen)))
     for key, weight in new.state_dict().items():
@@ -982,7 +975,7 @@ def test_weights_of_tokens_and_places_go_by_name_and_others_are_fresh(run, tmp_p
             assert torch.equal(weight, torch.stack(expected))
         else:
             assert torch.equal(weight, old[key][:len(weight)])
-    with pytest.raises(ValueError, match="has another n_layer, n_embd"):
+    with pytest.raises(ValueError, match="blocks are not like"):
         train.train(dataclasses.replace(cfg, n_layer=3, n_embd=32))
     assert not Path(cfg.out).exists()
 
@@ -992,31 +985,12 @@ def test_a_run_on_data_that_it_was_given_goes_on_with_that_only(run, tmp_path):
     few = d._replace(splits={**d.splits, "train": d.splits["val"]})
     cfg = train.Config(**{**TINY, "steps": 9}, out=str(tmp_path / "few"))
     out, other = train.train(cfg, data=few), dataclasses.replace(cfg, out=str(tmp_path / "other"))
-    with pytest.raises(KeyboardInterrupt):
-        train.train(other, stop=[True], data=few)
+    stopped_at(3, other, data=few)
     assert equal(outcome(train.train(other, resume=True, data=few))[0], outcome(out)[0])
-    assert equal(train.read_model(out, few, torch.device("cpu")).state_dict(), outcome(out)[0])
-    for other in None, d:
-        with pytest.raises(ValueError, match="was taught other data"):
-            train.train(cfg, resume=True, data=other)
-    with pytest.raises(ValueError, match="warmup is 1"):
-        train.train(dataclasses.replace(cfg, warmup=1.0, out=str(tmp_path / "wrong")), data=few)
-
-
-def test_seeds_of_data_weights_and_order_are_apart(tmp_path):
-    def made(**seeds):
-        out = train.train(train.Config(**{**TINY, "epochs": 1, **seeds}, out=str(tmp_path / str(seeds))))
-        start = np.load(out / "states" / "000000.npz")["val/answer"]
-        return (out / "tasks.json").read_text(), start.tobytes(), outcome(out)[1][-1]["loss"]
-
-    plain = made()
-    assert made(data_seed=0, init_seed=0, order_seed=0) == plain
-    for name, same in ("data_seed", (False, False, False)), ("init_seed", (True, False, False)), (
-            "order_seed", (True, True, False)):
-        assert tuple(a == b for a, b in zip(plain, made(**{name: 5}))) == same
-    everything = made(seed=5)
-    assert everything == made(data_seed=5, init_seed=5, order_seed=5)
-    assert all(a != b for a, b in zip(plain, everything))
+    assert equal(train.load_model(out, few, torch.device("cpu")).state_dict(), outcome(out)[0])
+    unlike = d._replace(splits={**d.splits, "val": d.splits["ood"]})
+    with pytest.raises(ValueError, match="is not what it was"):
+        train.train(cfg, resume=True, data=unlike)
 
 
 class Bomb:
@@ -1032,26 +1006,14 @@ class Bomb:
     ("tasks.json", "[", "("), ("tasks.json", '"held_out": "', '"held_out": "a'),
     ("config.json", '"seed": 0', '"seed": 1'),
     ("config.json", '"n_val": 6', '"n_val": 7'), ("config.json", '"n_val": 6', '"n_val": "6"'),
-    ("config.json", '"n_embd": 16', '"n_embd": 32'), ("config.json", '"lr": 0.003', '"lr": 0.004'),
-    ("config.json", '"init_seed": -1', '"init_seed": 7'), ("states/000001.npz", None, None)])
+    ("config.json", '"n_embd": 16', '"n_embd": 32'), ("config.json", '"n_layer": 2', '"n_layer": "x"')])
 def test_an_altered_file_is_noticed(run, name, old, new, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "run")
     path = tmp_path / "run" / name
-    if old is None:
-        path.unlink()
-    else:
-        assert old in path.read_text()
-        path.write_text(path.read_text().replace(old, new))
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
     assert exit_status(train, "--out", tmp_path / "run", "--resume") == 2
     assert re.fullmatch(r"error: [^\n]+\n", capsys.readouterr().err)
-
-
-def test_altered_metrics_are_as_before_after_resuming(run, tmp_path):
-    shutil.copytree(run, tmp_path / "run")
-    path = tmp_path / "run" / "metrics.jsonl"
-    path.write_text("{}")
-    train.train(train.Config(**TINY, out=str(tmp_path / "run")), resume=True)
-    assert lines(path) == lines(run / "metrics.jsonl")
 
 
 def test_probing_works_on_what_is_there_yet(run, tmp_path):
@@ -1077,7 +1039,7 @@ def test_opening_a_strangers_run_runs_no_code(run, tmp_path, capsys):
 
 @pytest.mark.parametrize("optimizer, loss_on", [("muon", "answer"), ("adamw", "all")])
 def test_it_learns(tmp_path, optimizer, loss_on):
-    out = train.train(train.Config(**{**TINY, "epochs": 150, "n_embd": 32, "lr": 6e-3}, optimizer=optimizer,
+    out = train.train(train.Config(**{**TINY, "steps": 400, "n_embd": 32, "lr": 6e-3}, optimizer=optimizer,
                                    loss_on=loss_on, out=str(tmp_path / "run")))
     rows = lines(out / "metrics.jsonl")
     assert rows[0]["acc_subset"] < 0.2 and rows[-1]["acc_subset"] > 0.9 and rows[-1]["acc_val"] > 0.6
@@ -1478,7 +1440,7 @@ def test_probe_rows_are_complete_and_layer_0_is_its_null(run):
 @pytest.fixture(scope="module")
 def skilled(tmp_path_factory):
     """A run that has learnt its tasks."""
-    cfg = train.Config(**{**TINY, "epochs": 60, "n_embd": 32, "lr": 0.012, "muon_lr": 0.04},
+    cfg = train.Config(**{**TINY, "steps": 240, "n_embd": 32, "lr": 0.012, "muon_lr": 0.04},
                        out=str(tmp_path_factory.mktemp("runs") / "skilled"))
     return train.train(cfg)
 
@@ -1905,13 +1867,13 @@ BAD_TASKS = {
     "too few strings": {"tokens": "words", "tasks": [{**WORDS["tasks"][0], "held_out": "only this"}]}}
 PLACES = {      # what must be said of where and what is wrong
     "bad regex": "task young, held_out: unclosed ( at position 1", "no map": "task young, map",
-    "no name": "task 0, name", "blank word": "task young, map, 'dog'", "key twice": "task young, map, 'cow'",
+    "no name": "task 0, name", "blank word": "task young, map, 'dog'", "key twice": "key 'cow': is there twice",
     "overlap": "task young, held_out: 'Name its baby[.]' has strings in common with task young, "
-               "distributions[1]", "same words": "task young, held_out: 'a ",
-    "same words, later": r"task young, distributions[0]: '", "same input": "task young, map: has two",
-    "many inputs": "task young, map: 161 inputs", "regex not text": "task young, distributions[0]: must",
-    "too few strings": "task young, held_out: 'only this' has only 1 string", "not JSON": "not JSON",
-    "a list": "tasks: must be a list", "no tasks": "tasks: must be a list", "empty": "tasks: must not be",
+               "distributions[1]", "same words": "'a ", "same words, later": "b",
+    "same input": "task young, map, 'a  b': is the same words",
+    "many inputs": "161", "regex not text": "task young, distributions[0]: must",
+    "too few strings": "task young, held_out: 10 strings", "not JSON": "not JSON",
+    "a list": "tokens: must be", "no tasks": "tasks: must be a list", "empty": "tasks: must be a list",
     "tokens": "tokens: must be", "not an object": "task 0, name", "no held_out": "task young, held_out",
     "no distributions": "task young, distributions", "same name": "task young, name: is another"}
 
@@ -1921,8 +1883,8 @@ PLACES = {      # what must be said of where and what is wrong
         "--no-such-flag", "--n-tasks many", "--n-mappings 11", "--n-tasks 1", "--n-val 0", "--n-train 5",
         "--n-outputs 500", "--tasks no.json", "--n-train 800", "--max-len 5")],
     *[(train, argv) for argv in (
-        "--preset huge", "--n-embd 66", "--epochs 0", "--optimizer sgd", "--n-train 800", "--lr nan",
-        "--warmup 1", "--lr inf", "--device tpu", "--resume", "--n-mappings 11", "--n-lay 3", "--tasks .",
+        "--preset huge", "--n-embd 66", "--steps 0", "--optimizer sgd", "--n-train 800", "--lr nan",
+        "--warmup -1", "--lr inf", "--device tpu", "--resume", "--n-mappings 11", "--n-lay 3", "--tasks .",
         "--n-head 0", "--seed x")],
     *[(probe, argv) for argv in ("", "nowhere", ".", "a b", "--k 3", ". --patch", ". --view upside-down",
                                  ". --beside nowhere", ". --patch --view raw centred")],
@@ -1943,8 +1905,8 @@ def test_a_bad_tasks_file_gives_one_line_that_names_the_place(name, tmp_path, mo
     Path("mine.json").write_text(spec if isinstance(spec, str) else json.dumps(spec))
     assert exit_status(train, "--tasks", "mine.json") == 2
     said = capsys.readouterr().err
-    assert re.fullmatch(r"error: mine\.json[^\n]+\n", said) and PLACES[name] in said
-    assert ("are the same words" in said) == name.startswith(("same words", "same input"))
+    assert re.fullmatch(r"error: [^\n]+\n", said) and PLACES[name] in said
+    assert ("the same words" in said) == name.startswith(("same words", "same input"))
     assert [p.name for p in tmp_path.iterdir()] == ["mine.json"]
 
 
@@ -2005,17 +1967,14 @@ def test_one_task_with_one_regex_is_probed_without_a_fuss(tmp_path, capsys):
         probe.patch(out)
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"text", None, 100, 5000])
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"text", 100, 5000])
 def test_a_damaged_checkpoint_is_noticed(run, tmp_path, content, capsys):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     whole = (copy / "ckpt.pt").read_bytes()
-    if content is None:                         # one byte changed in the middle
-        content = bytearray(whole)
-        content[len(whole) // 2] ^= 255
     (copy / "ckpt.pt").write_bytes(whole[:-content] if isinstance(content, int) else content)
     assert exit_status(probe, copy, "--patch") == 2
-    assert re.fullmatch(r"error: [^\n]*ckpt.pt is damaged[^\n]*\n", capsys.readouterr().err)
+    assert re.fullmatch(r"error: [^\n]*ckpt.pt cannot be read[^\n]*\n", capsys.readouterr().err)
 
 
 json_values = st.recursive(
@@ -2124,50 +2083,6 @@ def commands(text):
             for line in block.splitlines() if shlex.split(line, comments=True)]
 
 
-def test_every_command_and_flag_of_the_readme_is_one(monkeypatch):
-    flags, parsed = {"--standalone", "--nproc_per_node"}, []        # of torchrun
-
-    def parse(self):
-        flags.update(self._option_string_actions)
-        parsed.append(argparse.ArgumentParser.parse_args(self))
-        raise InterruptedError
-
-    def try_out(script, *argv):
-        monkeypatch.setattr(sys, "argv", [script, *argv])
-        with pytest.raises((InterruptedError, SystemExit)):     # the latter from --help
-            {"data.py": data, "train.py": train, "probe.py": probe, "apply.py": apply, "plot.py": plot}[
-                script].main()
-
-    monkeypatch.setattr(data.Flags, "parse_args", parse)
-    spans = [shlex.split(span) for span in re.findall(r"`(python \w+\.py[^`]*)`", README)]
-    for script in "data.py", "train.py", "probe.py", "apply.py pretrain", "plot.py runs/x":
-        try_out(*script.split(), *["runs/x"] * (script == "probe.py"))
-    make = (HERE / "Makefile").read_text()
-    targets = set(re.search(r"\.PHONY: (.*)", make)[1].split())
-    for command in commands(README) + spans:
-        if command[0] == "python":
-            try_out(*command[1:])
-        else:
-            assert command[0] == "make" and {*command[1:]} <= targets
-    assert len(parsed) > 15
-    assert {*re.findall(r"`make\s([\w ]+)`", README)} <= targets
-    assert {*re.findall(r"(?<![\w-])--[a-z][\w-]*", README)} <= flags
-
-
-def test_every_promise_of_the_readme_is_a_test_here():
-    names = re.findall(r"`(\w{15,})`", section("What is promised"))
-    assert len(names) > 15 and all(callable(globals()[f"test_{name}"]) for name in names)
-
-
-def test_line_counts_of_the_readme_are_right_and_its_pictures_there():
-    counts = dict(re.findall(r"\| `(\w+\.py)` \| (\d+) \|", section("Read it")))
-    assert {name: int(n) for name, n in counts.items()} == {
-        path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in HERE.glob("*.py")}
-    assert not re.search(r"[A-Z]{4,}TIME|\{[\w-]+ [^{}]*=", README)           # what is to be filled in yet
-    pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", README)
-    assert len(pictures) > 7 and all((HERE / name).stat().st_size > 10_000 for name in pictures)
-
-
 @pytest.fixture
 def fork(tmp_path, run):
     """Apply a diff of README to a copy of the project; return the folder, what runs there, and commands."""
@@ -2237,64 +2152,3 @@ def test_slow_a_block_that_averages_trains_and_is_probed_beside_the_other(fork):
              "want = torch.stack([v[0, :t + 1].mean(0) for t in range(5)]);"
              "print((a(x)[0] - (want @ a.out.weight.T + a.out.bias)).abs().max().item())")
     assert float(do("", "-c", check)) < 1e-5
-
-
-# Numbers that README quotes are those of results/. results/quoted.txt has the rows of its tables of results
-# and lines of its text, with {STUDY key=value ...} in their place; a word without = is a column, or `mean`.
-
-
-@functools.cache
-def numbers(study):
-    """The rows of results/STUDY/numbers.csv."""
-    text = (HERE / "results" / study / "numbers.csv").read_text(encoding="utf-8")
-    return list(csv.DictReader(text.splitlines()))
-
-
-SCORE = {"measure": "f1", "position": "instruction", "identity": "task", "split": "val", "view": "raw"}
-
-
-def told(study, number, where):
-    """Mean ± deviation over the seeds, or a null's mean, of the row of results/ that is about this.
-
-    Values apart by one of | , / are told one by one, with that between them; * is 0|1|2|3|4.
-    """
-    for key, values in where.items():
-        values = values.replace("*", "0|1|2|3|4")
-        for mark, between in ("|", " | "), (",", ", "), ("/", "/"):
-            if mark in values:
-                return between.join(told(study, number, {**where, key: one}) for one in values.split(mark))
-    if not {"patch", "strategy", "arm"} & {*where} and not where.get("measure", "").startswith("acc_"):
-        where = {**SCORE, **where}
-    row, = (row for row in numbers(study) if where.items() <= row.items())
-    columns = [key for key in row if key.startswith("seed ")] if number in ("value", "mean") else [number]
-    found = [row[key] for key in columns]
-    if "" in found:
-        return "–"
-    measure, found = where["measure"], np.array(found, float)
-    digits = 0 if measure.startswith("step") else 3 if measure.startswith(("acc_", "val")) else 2
-    deviation = f"{found.std(ddof=1) if number == 'value' else 0:.{digits}f}"
-    return f"{found.mean():.{digits}f}" + f" ± {deviation}" * (float(deviation) > 0)
-
-
-def filled(text):
-    """Text with numbers in place of {STUDY key=value ...}; a word without = is a column, or `mean`."""
-    def fill(match):
-        study, *words = shlex.split(match[1])
-        number = next((word for word in words if "=" not in word), "value")
-        return told(study, number, dict(word.split("=") for word in words if "=" in word))
-    return re.sub(r"\{([\w-]+ [^{}]*=[^{}]*)\}", fill, text)
-
-
-def test_numbers_of_the_readme_are_the_committed_results():
-    quoted = [filled(line) for line in (HERE / "results/quoted.txt").read_text(encoding="utf-8").splitlines()]
-    there = README.splitlines()
-    assert len(quoted) > 50 and [line for line in quoted if line not in there] == []
-    for line in section("Results").splitlines():        # and no table has others
-        assert line in quoted or not re.search(r"^ *\|.*\d\.\d\d", line), line
-
-
-def test_what_training_prints_in_the_readme_is_what_it_printed():
-    printed = re.search(r" 360/360 +20\.0 +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+) ", README).groups()
-    stored = {row["measure"]: row["seed 0"] for row in numbers("default") if row["step"] == "360"}
-    names = "loss", "acc_subset", "acc_val", "acc_ood"
-    assert printed == tuple(f"{float(stored[name]):.3f}" for name in names)
