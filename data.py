@@ -42,20 +42,16 @@ SETS |= {name.upper(): PRINTABLE - chars for name, chars in SETS.items()}
 QUANTIFIER = re.compile(r"[?*+]|\{[0-9]+(,[0-9]*)?\}")
 CLASS = re.compile(r"\[(\^?)(\]?(?:\\.|[^]\\])*)\]", re.DOTALL)     # a ] in front stands for itself
 MEMBER = re.compile(r"(\\?.)(?:-(\\?.))?", re.DOTALL)               # of a class: a character or a range
-BAD_ESCAPE = [      # what is refused: how it looks, what it is called, the way out
-    (r"\\(?:0[0-7]{0,2}|[0-7]{3})", "octal escape", "write the character itself"),
-    (r"\\(?:[0-9A-Za-z](?<![dswDSW])|\Z)", "escape", "only punctuation, d, w, s, D, W and S may follow a \\")]
-BAD_ATOM = [
+BAD_ESCAPE = (      # what is refused: how it looks, what it is called, the way out
+    r"\\(?:[0-9A-Za-z](?<![dswDSW])|\Z)", "escape", "only punctuation, d, w, s, D, W and S may follow a \\")
+BAD = [
     (r"\\[1-9](?![0-7]{2})", "back-reference", "write out what it may repeat"),
     (r"[\^$]|\\[bBAZ]", "anchor", "leave it out, the whole string is always matched; or escape ^ and $"),
     (r"\(\?(?!:).?", "group", "only ( ) and (?: ) are supported"),
+    (r"(?<=[?*+}])[?*+{]", "second quantifier", "leave a lazy ? out; otherwise put what it repeats in (?: )"),
     (r"[?*+]", "leading quantifier", "escape it, or put something in front of it"),
     (r"[{}\]]", "bare", "escape it; a repetition is {m}, {m,} or {m,n}"),
-    *BAD_ESCAPE]
-BAD_AFTER_QUANTIFIER = [
-    (r"\?", "lazy quantifier", "leave this ? out, it does not change which strings match"),
-    (r"\+", "possessive quantifier", "leave this + out, or escape it"),
-    (r"[*{]", "doubled quantifier", "escape it, or put what it repeats in (?: )")]
+    BAD_ESCAPE]
 MAX_DEPTH = 51          # of groups in groups, one of them that of `find_overlap`
 MAX_WORK = 700_000      # steps of one construction: about a second
 
@@ -72,7 +68,7 @@ class Regex:
     Raises ValueError for anything else, naming construct and position, and for what is too large to count.
     """
 
-    def __init__(self, pattern: str, max_len: int = 64):
+    def __init__(self, pattern, max_len=64):
         if not isinstance(pattern, str) or not isinstance(max_len, int) or max_len < 0:
             raise ValueError(f"{pattern!r:.60}, {max_len!r:.60}: needs a pattern and a length of at least 0")
         self.pattern, self.max_len, self._work, self._known = pattern, max_len, 0, {}
@@ -115,7 +111,7 @@ class Regex:
             self._known[state] = _may_end(state), [(chars, target) for target, chars in edges.items()]
         return self._known[state]
 
-    def unrank(self, i: int) -> str:
+    def unrank(self, i):
         """The i-th string, 0 <= i < count, in a fixed order. Raises ValueError for any other i."""
         if not (isinstance(i, int) and 0 <= i < self.count):
             raise ValueError(f"{self.pattern!r:.60} has no string numbered {i!r:.60}")
@@ -132,7 +128,7 @@ class Regex:
             ends, edges = self._read(state)
         return string
 
-    def sample(self, n: int, rng: random.Random, unique: bool = True) -> list[str]:
+    def sample(self, n, rng, unique=True):
         """n strings, uniform over the language, distinct if unique. Raises ValueError if it has too few."""
         if not 0 <= n <= (self.count if unique else n * self.count):
             raise ValueError(f"{n} strings were asked for; of at most {self.max_len} characters, "
@@ -145,19 +141,19 @@ class Regex:
                 moved[j] = moved.get(i, i)
         return strings
 
-    def matches(self, s: str) -> bool:
+    def matches(self, s):
         """Whether s is in the language."""
         state = self._start
         for c in s[:self.max_len]:
             state = next((target for chars, target in self._read(state)[1] if c in chars), frozenset())
         return len(s) <= self.max_len and self._read(state)[0]
 
-    def isdisjoint(self, other: "Regex") -> bool:
+    def isdisjoint(self, other):
         """Whether no string is in both languages. Raises ValueError if they are too large to compare."""
         return find_overlap([self.pattern, other.pattern], min(self.max_len, other.max_len)) is None
 
 
-def find_overlap(patterns: list[str], max_len: int) -> tuple[int, int] | None:
+def find_overlap(patterns, max_len):
     """The numbers of two patterns that have a string in common, or None.
 
     Languages are disjoint if, and only if, their union has as many strings as they have together. Raises
@@ -180,8 +176,8 @@ def _fail(pattern, what, i, way_out):
     raise ValueError(f"{what} at position {i} of {pattern!r:.60}: {way_out}")
 
 
-def _refuse(table, pattern, i):
-    for construct, what, way_out in table:
+def _refuse(pattern, i, *unsupported):
+    for construct, what, way_out in unsupported:
         if found := re.compile(construct).match(pattern, i):
             _fail(pattern, f"{what} {found[0]}", i, way_out)
 
@@ -193,26 +189,27 @@ def _parse(pattern, i, depth=0):
     """
     branches = [[]]
     while i < len(pattern) and pattern[i] != ")":
-        _refuse(BAD_ATOM, pattern, i)
+        _refuse(pattern, i, *BAD)
         start, c = i, pattern[i]
+        i += 1
         if c == "|":
             branches.append([])
-            i += 1
             continue
         if c == "(":
             if depth == MAX_DEPTH:
-                _fail(pattern, "too deep a group", i, f"nest at most {MAX_DEPTH}")
-            inside, i = _parse(pattern, i + (3 if pattern.startswith("(?:", i) else 1), depth + 1)
+                _fail(pattern, "too deep a group", start, f"nest at most {MAX_DEPTH}")
+            inside, i = _parse(pattern, i + 2 * pattern.startswith("?:", i), depth + 1)
             if i == len(pattern):
                 _fail(pattern, "unclosed (", start, "close it, or escape it")
             i += 1
-        elif c == "[":
-            chars, i = _char_class(pattern, i)
-            inside = frozenset([(chars,)])
         else:
-            c = pattern[i:i + 2] if c == "\\" else c
-            i += len(c)
-            inside = frozenset([(PRINTABLE if c == "." else SETS.get(c) or frozenset(c[-1]),)])
+            if c == "[":
+                chars, i = _char_class(pattern, start)
+            elif c == "\\":
+                chars, i = SETS.get(c + pattern[i], pattern[i]), i + 1
+            else:
+                chars = PRINTABLE if c == "." else c
+            inside = frozenset([(frozenset(chars),)])
         least, most, i = _repetition(pattern, i)
         if _may_end(inside):
             least = 0               # the same language, and whatever a repetition reads is not empty
@@ -231,16 +228,15 @@ def _char_class(pattern, i):
     chars = set()
     for member in MEMBER.finditer(pattern, *found.span(2)):
         low, high = member.groups()
-        _refuse(BAD_ESCAPE, pattern, member.start(1))
-        _refuse(BAD_ESCAPE, pattern, member.start(2))
+        _refuse(pattern, member.start(1), BAD_ESCAPE)
+        _refuse(pattern, member.start(2), BAD_ESCAPE)
         if low in SETS and not high:
             chars |= SETS[low]
-            continue
-        first, last = ord(low[-1]), ord((high or low)[-1])
-        if low in SETS or high in SETS or first > last:
+        elif low in SETS or high in SETS or high and high[-1] < low[-1]:
             _fail(pattern, f"bad range {member[0]}", member.start(), "it needs two characters, in order")
-        chars.update(map(chr, range(first, last + 1)))
-    return frozenset(PRINTABLE - chars if found[1] else chars), found.end()
+        else:
+            chars.update(map(chr, range(ord(low[-1]), ord((high or low)[-1]) + 1)))
+    return PRINTABLE - chars if found[1] else chars, found.end()
 
 
 def _repetition(pattern, i):
@@ -254,7 +250,6 @@ def _repetition(pattern, i):
     most = int(most[:9]) if most else math.inf if comma else least
     if most < least:
         _fail(pattern, f"empty repetition {found[0]}", i, "write {m,n} with m <= n")
-    _refuse(BAD_AFTER_QUANTIFIER, pattern, found.end())
     return least, most, found.end()
 
 
@@ -323,7 +318,7 @@ class Task(NamedTuple):
     distributions: list[str]
     held_out: str
 
-    def regexes(self) -> dict[str, str]:
+    def regexes(self):
         """Each regex by its place in a tasks file, the held-out one last."""
         known = {f"task {self.name}, distributions[{m}]": regex for m, regex in enumerate(self.distributions)}
         return {**known, f"task {self.name}, held_out": self.held_out}
@@ -332,7 +327,7 @@ class Task(NamedTuple):
 TWO_LETTERS = ["".join(letters) for letters in product(ascii_lowercase, repeat=2)]
 
 
-def random_pattern(rng: random.Random) -> str:
+def random_pattern(rng):
     """Five parts in random order: two literals, two times two letters of a class of four, one of three words.
 
     768 strings, all of 10 letters: the length gives nothing away.
@@ -342,7 +337,7 @@ def random_pattern(rng: random.Random) -> str:
     return "".join(rng.sample(parts, len(parts)))
 
 
-def random_maps(cfg: DataConfig, rng: random.Random) -> list[dict[str, str]]:
+def random_maps(cfg, rng):
     """A map for each task: inputs and outputs are dealt evenly, and no input has one output in two tasks.
 
     Tasks have different sets of inputs if the pool has that many; with cfg.twins, tasks 0 and 1 have the same,
@@ -376,7 +371,7 @@ def random_maps(cfg: DataConfig, rng: random.Random) -> list[dict[str, str]]:
     return maps
 
 
-def random_tasks(cfg: DataConfig) -> list[Task]:
+def random_tasks(cfg):
     """Tasks whose languages are all disjoint. Raises ValueError as `random_maps` does."""
     rng, n = random.Random(f"{cfg.seed}/tasks"), cfg.n_distributions + 1
     maps = random_maps(cfg, rng)
@@ -387,20 +382,20 @@ def random_tasks(cfg: DataConfig) -> list[Task]:
             for t in range(cfg.n_tasks)]
 
 
-def write(path: str | Path, content: str | bytes):
+def write(path, content):
     """Write a file aside and rename it: whoever looks finds the old file or the new one, whole."""
     aside = Path(f"{path}.tmp")
     aside.write_bytes(content if isinstance(content, bytes) else content.encode())
     os.replace(aside, path)
 
 
-def write_tasks(path: str | Path, cut_into: str, tasks: list[Task]):
+def write_tasks(path, cut_into, tasks):
     """Write a tasks file; instructions are cut into "characters" or "words"."""
     spec = {"tokens": cut_into, "tasks": [task._asdict() for task in tasks]}
     write(path, json.dumps(spec, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_tasks(path: str | Path, max_len: int) -> tuple[str, list[Task]]:
+def read_tasks(path, max_len):
     """Read a tasks file. Raises ValueError naming task, key and fault, OSError if it cannot be read.
 
     Inputs and outputs are brought to the form that the network reads: words with single spaces between them.
@@ -416,7 +411,6 @@ def read_tasks(path: str | Path, max_len: int) -> tuple[str, list[Task]]:
 
     try:
         spec = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
-        json.dumps(spec, ensure_ascii=False).encode()           # a lone surrogate is no text
     except (UnicodeError, json.JSONDecodeError, RecursionError) as e:
         raise ValueError(f"{path} is not JSON: {e}") from None
     spec = spec if isinstance(spec, dict) else {}
@@ -432,24 +426,21 @@ def read_tasks(path: str | Path, max_len: int) -> tuple[str, list[Task]]:
         check(task.name not in tasks, where + "name", "is another task's, too")
         tasks[task.name] = task
         for pair in entry["map"].items():
-            place = f"{where}map, {pair[0]!r:.60}"
-            check(all(isinstance(text, str) and words(text) for text in pair), place,
+            word, output = (" ".join(words(text)) if isinstance(text, str) else "" for text in pair)
+            check(word and output, f"{where}map, {pair[0]!r:.60}",
                   "needs one output, and both must be text that is not blank")
-            word, output = (" ".join(words(text)) for text in pair)
-            check(word not in task.map, place, "is the same words as another input")
+            check(word not in task.map, f"{where}map, {word!r:.60}", "is the same words as another input")
             task.map[word] = output
         for place, pattern in task.regexes().items():
-            check(isinstance(pattern, str), place, "must be text")
             try:
-                compile_regex(pattern, max_len)
-            except ValueError as e:
+                regexes[place] = compile_regex(pattern, max_len).pattern
+            except (ValueError, TypeError) as e:        # a TypeError if it is a list or an object, no text
                 check(False, place, e)
-            regexes[place] = pattern
-    overlap = find_overlap(list(regexes.values()), max_len)
+    overlap = find_overlap([*regexes.values()], max_len)
     if overlap:
         one, other = (list(regexes)[i] for i in overlap)
         check(False, other, f"{regexes[other]!r} has strings in common with {one}: make them disjoint")
-    return spec["tokens"], list(tasks.values())
+    return spec["tokens"], [*tasks.values()]
 
 
 # ---------------------------------------------------------------- splits and tokens
@@ -461,12 +452,12 @@ MARKS = "\u200c\u200d" + "".join(
 WORD = re.compile(r"\w[\w%s]*(?:['’-]\w[\w%s]*)*|[^\w\s][%s]*" % (MARKS, MARKS, MARKS))
 
 
-def words(text: str) -> list[str]:
+def words(text):
     """The words and punctuation marks of a text, in Unicode's form NFC; "what's" and "ice-cream" are one each."""
     return WORD.findall(unicodedata.normalize("NFC", text))
 
 
-def cut(instruction: str, cut_into: str) -> list[str]:
+def cut(instruction, cut_into):
     """The tokens of an instruction, which is cut into "characters" or "words"."""
     text = unicodedata.normalize("NFC", instruction)
     return list(text) if cut_into == "characters" else words(text.lower())
@@ -499,11 +490,11 @@ class Split(NamedTuple):
     identities: dict[str, np.ndarray]       # name -> (N,) int64
     positions: dict[str, tuple]             # name -> rows and columns of `tokens` where a state is read
 
-    def state_of(self, position: str) -> np.ndarray:
+    def state_of(self, position):
         """(N,): which of the states read at a position is each instance's."""
         return np.searchsorted(self.positions[position][0], np.arange(len(self.tokens)), side="right") - 1
 
-    def labels(self, position: str) -> dict[str, np.ndarray]:
+    def labels(self, position):
         """name -> (n,) int64, a label for each state read at a position.
 
         Where a state is read for several instances, as at `instruction`, only the identities they agree on.
@@ -520,7 +511,7 @@ class Dataset(NamedTuple):
     splits: dict[str, Split]                # train, subset, val, ood, and pairs if a task is large
 
 
-def encode(instances: dict[str, list[Instance]], cut_into: str) -> tuple[list[str], dict[str, Split]]:
+def encode(instances, cut_into):
     """The vocabulary of lists of instances, and each list as a split; an instruction's are to be adjacent.
 
     Raises ValueError if two instructions are the same tokens.
@@ -548,7 +539,7 @@ def encode(instances: dict[str, list[Instance]], cut_into: str) -> tuple[list[st
     return vocabulary, splits
 
 
-def make_dataset(cfg: DataConfig) -> Dataset:
+def make_dataset(cfg):
     """Tasks, vocabulary and splits: the same cfg gives the same anywhere.
 
     In a task of more than n_asked inputs these take turns, n_asked an instruction; split `pairs` asks the
@@ -597,7 +588,7 @@ def make_dataset(cfg: DataConfig) -> Dataset:
 class Flags(argparse.ArgumentParser):
     """A command line with a flag for every knob of a configuration; only what was given is parsed."""
 
-    def __init__(self, config: type | None = None, **texts):
+    def __init__(self, config=None, **texts):
         super().__init__(allow_abbrev=False, **texts)
         source = "".join(inspect.getsource(part) for part in config.__mro__[:-1]) if config else ""
         for name, why in re.findall(r"(\w+): \w+ = .*?# (.*)", source):
@@ -635,10 +626,10 @@ def main():
     for name, split in data.splits.items():
         print(f"{name:6}{len(split.positions['instruction'][0]):14,}{len(split.instances):11,}")
     task = data.tasks[0]
-    print(f"\ntask {task.name} maps", ", ".join(f"{word} to {output}" for word, output in task.map.items()))
+    print(f"\ntask {task.name} maps", ", ".join(map(" to ".join, task.map.items())))
     for place, pattern in task.regexes().items():
-        some = ", ".join(compile_regex(pattern, cfg.max_len).sample(3, random.Random(0)))
-        print(f"  {place.split()[-1]:17}{pattern}   for example {some}")
+        some = compile_regex(pattern, cfg.max_len).sample(3, random.Random(0))
+        print(f"  {place.split()[-1]:17}{pattern}   for example", ", ".join(some))
     for name, split in data.splits.items():
         print(f"\n{name}")
         for row in random.Random(0).choices(range(len(split.tokens)), k=5):

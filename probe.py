@@ -635,7 +635,7 @@ def print_heat(rows: dict, keys: list[tuple], steps: list[int], layers: list[int
 
     rows: (*key, step, layer) -> row of probe.jsonl, for each of keys (position, identity, measure).
     """
-    shades = "·░▒▓█" if "█".encode(sys.stdout.encoding or "ascii", "ignore") else ".-+*#"
+    shades = "·░▒▓█" if "█".encode(getattr(sys.stdout, "encoding", None) or "ascii", "ignore") else ".-+*#"
 
     def shade(value, null=0):
         return "-" if value is None else shades[0 if value <= null else 1 + min(3, int(4 * value))]

@@ -15,7 +15,6 @@ import dataclasses
 import io
 import json
 import os
-import platform
 import random
 import re
 import shlex
@@ -23,12 +22,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import DataConfig, Dataset, Flags, Split, command_line, make_dataset, write, write_tasks
+from data import DataConfig, Flags, command_line, make_dataset, write, write_tasks
 
 import numpy as np
 import torch                # after data, which sets how torch's threads wait
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from model import GPT, ModelConfig
 
@@ -73,27 +73,25 @@ CAPTURED = "subset", "val", "ood"       # the splits whose states are kept; of `
 # ---------------------------------------------------------------- training
 
 
-def train(cfg: Config, resume: bool = False, data: Dataset | None = None) -> Path:
+def train(cfg, resume=False, data=None):
     """Train as cfg says, or go on with the run in cfg.out; return that folder, laid out as README.md tells.
 
-    `data`, if given, is taught in place of what cfg describes (splits train, subset, val, ood, and any more);
-    give it again to resume or read the run. Raises ValueError for a loss that is not finite and, with nothing
-    written, for settings that cannot be and for a folder that is in use.
+    `data`, if given, is the data.Dataset to teach in place of what cfg describes (splits train, subset, val, ood,
+    and any more); give it again to resume or read the run. Raises ValueError for weights that are not finite and,
+    with nothing written, for settings that cannot be and for a folder that is in use.
     """
     cfg.check()
     out, device = Path(cfg.out), pick_device(cfg.device)
-    data = check_run(cfg, data) if resume else check_free(out) or data or make_dataset(cfg)
+    check_folder(cfg, resume)
+    data = read_data(out, data) if resume else data or make_dataset(cfg)
     model = make_model(cfg, data).to(device)
     optimizers = make_optimizers(model, cfg)
-    rank, world = start_processes(device)
-    if resume:
-        first, rows = load_checkpoint(out, model, data, optimizers)
-    else:
-        first, rows = 0, []
-        if cfg.start:
-            init_from(cfg.start, model, data)
-        if rank == 0:
-            create_run(cfg, data, world)
+    rank, world = start_processes()
+    first, rows = load_checkpoint(out, model, data, optimizers) if resume else (0, [])
+    if cfg.start and not resume:
+        init_from(cfg.start, model, data)
+    if rank == 0 and not resume:
+        create_run(cfg, data, world)
 
     split = data.splits["train"]
     scored = split.is_output if cfg.loss_on == "answer" else split.tokens != 0
@@ -128,8 +126,11 @@ def train(cfg: Config, resume: bool = False, data: Dataset | None = None) -> Pat
         loss = loss / (targets[batch, 1:] != -100).sum()
         loss.backward()
         losses.append(loss.detach())
-        if world > 1:
-            sum_over_processes([losses[-1], *(p.grad for p in model.parameters())])
+        if world > 1:                                   # one message sums loss and gradients over the processes
+            parts = [losses[-1], *(p.grad for p in model.parameters())]
+            sums = parameters_to_vector(parts)
+            dist.all_reduce(sums)
+            vector_to_parameters(sums, parts)
         # step
         for optimizer, peak in zip(optimizers, (cfg.lr, cfg.muon_lr)):
             for group in optimizer.param_groups:
@@ -138,50 +139,49 @@ def train(cfg: Config, resume: bool = False, data: Dataset | None = None) -> Pat
             optimizer.zero_grad()
     if world > 1:
         dist.destroy_process_group()
+    if rank == 0:
+        print("done; next: python probe.py", shlex.quote(cfg.out))
     return out
 
 
-def schedule(step: int, cfg: Config) -> float:
+def schedule(step, cfg):
     """The learning rate of a step, as a share of its peak: up to 1 in the first steps, then linearly down."""
-    warm = min(cfg.steps, max(1, round(cfg.warmup * cfg.steps)))
+    warm = max(1, round(min(cfg.warmup, 1) * cfg.steps))
     return min((step + 1) / warm, (cfg.steps - step) / (cfg.steps - warm + 1))
 
 
-def capture_steps(total: int, n: int) -> list[int]:
+def capture_steps(total, n):
     """n steps from 0 to total, fewer if total is small: evenly spaced in the square root of the step."""
     return sorted({round(total * x * x) for x in np.linspace(1, 0, n)})
 
 
-def make_generator(*key) -> torch.Generator:
-    """A generator for each purpose, e.g. (seed, "order", epoch): no draw depends on any other."""
+def make_generator(*key):
+    """A torch.Generator for each purpose, e.g. (seed, "order", epoch): no draw depends on any other."""
     return torch.Generator().manual_seed(random.Random("/".join(map(str, key))).getrandbits(63))
 
 
-def pick_batch(cfg: Config, n: int, step: int) -> torch.Tensor:
+def pick_batch(cfg, n, step):
     """(B,): the instances, of n, of a step. Each epoch has a random order; what is left over waits for the next."""
     size = min(cfg.batch_size, n)
     epoch, i = divmod(step, n // size)
-    order = torch.randperm(n, generator=make_generator(cfg.seed, "order", epoch))
-    return order[i * size:(i + 1) * size]
+    return torch.randperm(n, generator=make_generator(cfg.seed, "order", epoch))[i * size:(i + 1) * size]
 
 
-def make_model(cfg: Config, data: Dataset) -> GPT:
+def make_model(cfg, data):
     """The network of a run, with its initial weights."""
     length = data.splits["train"].tokens.shape[1] - 1       # the last token has nothing to predict
     sizes = ModelConfig(len(data.vocabulary), length, cfg.n_layer, cfg.n_head, cfg.n_embd)
     return GPT(sizes, make_generator(cfg.seed, "weights"))
 
 
-def make_optimizers(model: GPT, cfg: Config) -> list[torch.optim.Optimizer]:
-    """AdamW, and Muon for the blocks' matrices; `train` sets their learning rates."""
-    muon, rest = {}, []                 # matrices by shape
+def make_optimizers(model, cfg):
+    """[AdamW], and Muon for the blocks' matrices; `train` sets their learning rates."""
+    alike, rest = {}, []
     for name, p in model.named_parameters():
-        if cfg.optimizer == "muon" and name.startswith("blocks") and p.dim() == 2:
-            muon.setdefault(p.shape, []).append(p)
-        else:
-            rest.append(p)
+        matrix = cfg.optimizer == "muon" and name.startswith("blocks") and p.dim() == 2
+        (alike.setdefault(p.shape, []) if matrix else rest).append(p)
     adamw = torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
-    return [adamw, Muon([{"params": alike} for alike in muon.values()], cfg.weight_decay)] if muon else [adamw]
+    return [adamw, Muon(alike.values(), cfg.weight_decay)] if alike else [adamw]
 
 
 class Muon(torch.optim.Optimizer):
@@ -191,8 +191,9 @@ class Muon(torch.optim.Optimizer):
     together, and in float32, as few CPUs are fast in bfloat16.
     """
 
-    def __init__(self, groups: list[dict], weight_decay: float, momentum: float = 0.95):
-        super().__init__(groups, {"lr": 0.0, "weight_decay": weight_decay, "momentum": momentum})
+    def __init__(self, alike, weight_decay, momentum=0.95):
+        super().__init__([{"params": params} for params in alike], {"lr": 0.0})
+        self.weight_decay, self.momentum = weight_decay, momentum
 
     @torch.no_grad()
     def step(self):
@@ -201,14 +202,14 @@ class Muon(torch.optim.Optimizer):
             params, lr = group["params"], group["lr"]
             grads = torch.stack([p.grad for p in params])
             mean = self.state[params[0]].setdefault("mean", torch.zeros_like(grads))
-            mean.lerp_(grads, 1 - group["momentum"])
-            updates = orthogonal(grads.lerp(mean, group["momentum"]))
+            mean.lerp_(grads, 1 - self.momentum)
+            updates = orthogonal(grads.lerp(mean, self.momentum))
             rate = lr * max(1, grads.shape[1] / grads.shape[2]) ** 0.5
             for p, update in zip(params, updates):
-                p.mul_(1 - lr * group["weight_decay"]).sub_(update, alpha=rate)
+                p.mul_(1 - lr * self.weight_decay).sub_(update, alpha=rate)
 
 
-def orthogonal(x: torch.Tensor) -> torch.Tensor:
+def orthogonal(x):
     """Matrices (P, m, n) -> the same with singular values brought near 1 (0.5 to 1.5).
 
     Five steps of a quintic Newton-Schulz iteration, with the coefficients of Jordan et al.
@@ -222,7 +223,7 @@ def orthogonal(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def pick_device(wanted: str = "auto") -> torch.device:
+def pick_device(wanted="auto"):
     """Where to run; each process of torchrun's has a GPU of its own. Raises ValueError if there is none."""
     if wanted == "cpu" or wanted == "auto" and not torch.cuda.is_available():
         return torch.device("cpu")
@@ -232,24 +233,16 @@ def pick_device(wanted: str = "auto") -> torch.device:
     return torch.device("cuda", number)
 
 
-def start_processes(device: torch.device) -> tuple[int, int]:
+def start_processes():
     """The number of this process, and how many there are: 0 and 1 unless torchrun started several."""
     if not dist.is_torchelastic_launched():
         return 0, 1
-    dist.init_process_group(device_id=device if device.type == "cuda" else None)
+    dist.init_process_group()
     return dist.get_rank(), dist.get_world_size()
 
 
-def sum_over_processes(tensors: list[torch.Tensor]):
-    """Replace tensors by their sums over all processes, in one message."""
-    flat = torch.cat([x.flatten() for x in tensors])
-    dist.all_reduce(flat)
-    for x, total in zip(tensors, flat.split([x.numel() for x in tensors])):
-        x.copy_(total.view_as(x))
-
-
 @torch.no_grad()
-def observe(model: GPT, split: Split, batch: int = 128) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def observe(model, split, batch=128):
     """Which instances are answered right, (N,) bool, and position -> (L + 1, n, C) float16 states.
 
     Right means that the greedy output is exactly the true one. That is so if, and only if, each of its tokens
@@ -265,59 +258,54 @@ def observe(model: GPT, split: Split, batch: int = 128) -> tuple[np.ndarray, dic
         right.append(~wrong.any(1).cpu())
         for position, (rows, columns) in split.positions.items():
             here = (rows >= start) & (rows < start + batch)
-            read = torch.stack([x[rows[here] - start, columns[here]] for x in layers])
-            states[position].append(read.half().cpu())                                      # (L + 1, n, C)
+            read = torch.stack([x[rows[here] - start, columns[here]] for x in layers])      # (L + 1, n, C)
+            states[position].append(read.half().cpu())
     return torch.cat(right).numpy(), {position: torch.cat(x, 1).numpy() for position, x in states.items()}
 
 
-def evaluate(model: GPT, data: Dataset) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+def evaluate(model, data):
     """Accuracy on every split but train, and the states of a capture, "split/position" -> (L + 1, n, C).
 
     Raises ValueError if the states are not finite.
     """
     accuracies, states = {}, {}
-    for name in data.splits:
-        if name != "train":
-            right, read = observe(model, data.splits[name])
-            accuracies[f"acc_{name}"] = float(right.mean())
-            states |= {f"{name}/{position}": x for position, x in read.items() if name in CAPTURED}
-    if not all(np.isfinite(x).all() for x in states.values()):
-        raise ValueError("the weights are nan or infinite: choose another --out and a lower --lr or --muon-lr "
-                         "(the last good checkpoint is kept)")
+    for name in [name for name in data.splits if name != "train"]:
+        right, read = observe(model, data.splits[name])
+        accuracies[f"acc_{name}"] = float(right.mean())
+        for position, x in read.items():
+            if not np.isfinite(x).all():
+                raise ValueError("the weights are nan or infinite: choose another --out and a lower --lr or "
+                                 "--muon-lr (the last good checkpoint is kept)")
+            if name in CAPTURED:
+                states[f"{name}/{position}"] = x
     return accuracies, states
 
 
 # ---------------------------------------------------------------- the run folder
 
 
-def check_free(out: Path):
-    """Raises ValueError if a new run would overwrite another; without a config.json, a run has not begun."""
-    if (out / "config.json").exists() or kept_steps(out):
-        raise ValueError(f"{out} exists: choose another --out, delete it, or go on with --resume")
-
-
-def check_run(cfg: Config, data: Dataset | None) -> Dataset:
-    """The data of a run that is to go on. Raises ValueError if that would change its settings."""
-    stored = vars(read_config(cfg.out))
+def check_folder(cfg, resume):
+    """Raises ValueError if a new run would overwrite one, or a resumed one has other settings."""
+    if not resume and (Path(cfg.out, "config.json").exists() or kept_steps(cfg.out)):
+        raise ValueError(f"{cfg.out} exists: choose another --out, delete it, or go on with --resume")
+    stored = vars(read_config(cfg.out) if resume else cfg)
     changed = [key for key in stored if key not in ("out", "device") and stored[key] != vars(cfg)[key]]
     if changed:
         raise ValueError(f"{cfg.out} was begun with another {', '.join(changed)}: leave that out to go on, "
                          "or choose another --out")
-    return read_data(cfg.out, data)
 
 
-def create_run(cfg: Config, data: Dataset, world: int):
-    """Write what does not change in training, config.json last."""
+def create_run(cfg, data, world):
+    """Write what does not change in training, config.json last: without it, a run has not begun."""
     out = Path(cfg.out)
     (out / "states").mkdir(parents=True, exist_ok=True)
     write_tasks(out / "tasks.json", data.cut_into, data.tasks)
     write_arrays(out / "states" / "labels.npz", make_labels(data))
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    about = {**vars(cfg), "threads": torch.get_num_threads(), "processes": world, "versions": versions}
-    write(out / "config.json", json.dumps(about, indent=1) + "\n")
+    versions = {"torch": torch.__version__, "numpy": np.__version__, "processes": world}
+    write(out / "config.json", json.dumps({**vars(cfg), "versions": versions}, indent=1) + "\n")
 
 
-def save_checkpoint(run: Path, step: int, rows: list[dict], model: GPT, optimizers: list):
+def save_checkpoint(run, step, rows, model, optimizers):
     """Write the metrics so far, then all that is needed to go on from a step."""
     write_rows(run / "metrics.jsonl", rows)
     buffer = io.BytesIO()
@@ -326,12 +314,12 @@ def save_checkpoint(run: Path, step: int, rows: list[dict], model: GPT, optimize
     write(run / "ckpt.pt", buffer.getvalue())
 
 
-def load_checkpoint(run: str | Path, model: GPT, data: Dataset, optimizers: list = ()) -> tuple[int, list[dict]]:
+def load_checkpoint(run, model, data, optimizers=()):
     """Load the last checkpoint of a run; return its step and the metrics so far, 0 and [] if there is none.
 
     Raises ValueError if it is damaged, or if the model no longer gives the states that were captured then.
     """
-    path = Path(run) / "ckpt.pt"
+    path = Path(run, "ckpt.pt")
     if not path.exists():
         return 0, []
     with reading(path, "model.py has changed since, or it is damaged; undo that or train again"):
@@ -339,18 +327,17 @@ def load_checkpoint(run: str | Path, model: GPT, data: Dataset, optimizers: list
         model.load_state_dict(saved["model"])
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
-        capture = capture_path(run, saved["step"])
+        step, capture = saved["step"], capture_path(run, saved["step"])
     if capture.exists():
-        for position, now in observe(model, data.splits["subset"])[1].items():
-            then = read_arrays(capture, f"subset/{position}")[f"subset/{position}"]
-            if then.shape != now.shape or not np.allclose(then, now, rtol=0.01, atol=0.01 * np.abs(then).mean()):
-                raise ValueError(f"{run}: its weights no longer give the states in {capture.name}: model.py or "
-                                 "data.py has changed since; undo that or train again")
-    rows = read_rows(Path(run) / "metrics.jsonl")
-    return saved["step"], [row for row in rows if row["step"] <= saved["step"]]
+        then = read_arrays(capture, "subset/answer")["subset/answer"]
+        now = observe(model, data.splits["subset"])[1]["answer"]
+        if then.shape != now.shape or np.abs(then - now).max() > 0.01 * np.abs(then).max():
+            raise ValueError(f"{run}: its weights no longer give the states in {capture.name}: model.py or data.py "
+                             "has changed since; undo that or train again")
+    return step, [row for row in read_rows(Path(run, "metrics.jsonl")) if row["step"] <= step]
 
 
-def load_model(run: str | Path, data: Dataset, device: torch.device) -> GPT:
+def load_model(run, data, device):
     """The network of a run as it was last saved. Raises ValueError if there is no sound checkpoint."""
     model = make_model(read_config(run), data).to(device)
     if not load_checkpoint(run, model, data)[1]:
@@ -358,29 +345,28 @@ def load_model(run: str | Path, data: Dataset, device: torch.device) -> GPT:
     return model
 
 
-def init_from(run: str | Path, model: GPT, data: Dataset):
+def init_from(run, model, data):
     """Give a model the weights of another run: of tokens those that both know, of positions as many.
 
     Raises ValueError if that run cannot be read, or its blocks are not like the model's.
     """
-    old_data = read_data(run)
-    old = load_model(run, old_data, next(model.parameters()).device).state_dict()
-    known = [token for token in data.vocabulary if token in old_data.vocabulary]
-    own_rows, old_rows = ([d.vocabulary.index(token) for token in known] for d in (data, old_data))
+    other = read_data(run)
+    old, new = load_model(run, other, next(model.parameters()).device).state_dict(), model.state_dict()
+    known = [token for token in data.vocabulary if token in other.vocabulary]
+    mine, theirs = ([d.vocabulary.index(token) for token in known] for d in (data, other))
     with reading(run, "its blocks are not like the model's"):
-        for key, new in model.state_dict().items():
+        for key in new:
+            here = there = slice(None)
             if key == "token.weight":
-                new[own_rows] = old[key][old_rows]
+                here, there = mine, theirs
             elif key == "position.weight":
-                n = min(len(new), len(old[key]))
-                new[:n] = old[key][:n]
-            else:
-                new.copy_(old[key])
+                here = there = slice(min(len(new[key]), len(old[key])))
+            new[key][here] = old[key][there]
 
 
-def read_config(run: str | Path) -> Config:
+def read_config(run):
     """The configuration of a run folder. Raises ValueError if it is not one."""
-    path = Path(run) / "config.json"
+    path = Path(run, "config.json")
     with reading(path, "make a run with train.py"):
         stored = json.loads(path.read_text(encoding="utf-8"))
         stored["versions"]      # every run has it; a knob that came after the run has its default
@@ -389,21 +375,21 @@ def read_config(run: str | Path) -> Config:
         return cfg
 
 
-def read_data(run: str | Path, data: Dataset | None = None) -> Dataset:
+def read_data(run, data=None):
     """The data of a run, made again from its tasks.json, or what `train` was given for it.
 
     Raises ValueError if it is not the same as then.
     """
-    data = data or make_dataset(dataclasses.replace(read_config(run), tasks=str(Path(run) / "tasks.json")))
-    made = make_labels(data)
-    for name, labels in read_arrays(Path(run) / "states" / "labels.npz").items():
-        if name in made and not np.array_equal(labels, made[name]):
-            raise ValueError(f"{run}: {name} in labels.npz is not what it was: tasks.json, config.json or data.py "
-                             "has changed since; undo that or train again")
+    data = data or make_dataset(dataclasses.replace(read_config(run), tasks=str(Path(run, "tasks.json"))))
+    made, stored = make_labels(data), read_arrays(Path(run, "states", "labels.npz"))
+    changed = [name for name in made.keys() & stored if not np.array_equal(made[name], stored[name])]
+    if changed:
+        raise ValueError(f"{run}: {changed[0]} in labels.npz is not what it was: tasks.json, config.json or data.py "
+                         "has changed since; undo that or train again")
     return data
 
 
-def make_labels(data: Dataset) -> dict[str, np.ndarray]:
+def make_labels(data):
     """The content of labels.npz: "split/position/identity" -> (n,), a label for each state of a capture.
 
     One more, `text`, is the instruction itself.
@@ -418,19 +404,19 @@ def make_labels(data: Dataset) -> dict[str, np.ndarray]:
     return labels
 
 
-def capture_path(run: str | Path, step: int) -> Path:
+def capture_path(run, step):
     """Where the capture of a step is kept."""
-    return Path(run) / "states" / f"{step:06d}.npz"
+    return Path(run, "states", f"{step:06d}.npz")
 
 
-def kept_steps(run: str | Path) -> list[int]:
+def kept_steps(run):
     """The steps whose captures are there; other files, as editors leave them, do not count."""
-    paths = (Path(run) / "states").glob("*.npz")
-    return sorted(int(path.stem) for path in paths if re.fullmatch("[0-9]+", path.stem))
+    names = [path.stem for path in Path(run, "states").glob("*.npz")]
+    return sorted(int(name) for name in names if re.fullmatch("[0-9]+", name))
 
 
 @contextlib.contextmanager
-def reading(path: str | Path, way_out: str):
+def reading(path, way_out):
     """Whatever goes wrong inside becomes a ValueError that names the file; a damaged one can raise anything."""
     try:
         yield
@@ -438,24 +424,24 @@ def reading(path: str | Path, way_out: str):
         raise ValueError(f"{path} cannot be read: {way_out} ({e!r:.200})") from None
 
 
-def read_rows(path: str | Path) -> list[dict]:
+def read_rows(path):
     """The rows of a .jsonl file. Raises ValueError, naming it, if it is damaged."""
     with reading(path, "it is damaged, make it again"):
         return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
-def write_rows(path: str | Path, rows: list[dict]):
+def write_rows(path, rows):
     """Write a .jsonl file."""
     write(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def read_arrays(path: str | Path, *names: str) -> dict[str, np.ndarray]:
+def read_arrays(path, *names):
     """The arrays of an .npz file, all or those with these names. Raises ValueError, naming it, if damaged."""
     with reading(path, "it is damaged, train the run again"), np.load(path, allow_pickle=False) as arrays:
         return {name: arrays[name] for name in names or arrays.files}
 
 
-def write_arrays(path: Path, arrays: dict[str, np.ndarray]):
+def write_arrays(path, arrays):
     """Write an .npz file."""
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
@@ -465,7 +451,7 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray]):
 # ---------------------------------------------------------------- the command line
 
 
-def print_row(rows: list[dict]):
+def print_row(rows):
     """One line an evaluation, the first one under a heading; seconds are those of training."""
     if len(rows) == 1:
         print(*(f"{key.removeprefix('acc_'):>8}" for key in rows[0]))
@@ -486,7 +472,6 @@ def main():
     except KeyboardInterrupt:
         print("stopped; to go on from the last evaluation: python train.py --resume --out", shlex.quote(out))
         raise
-    print("done; next: python probe.py", shlex.quote(out))
 
 
 if __name__ == "__main__":
