@@ -30,8 +30,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Threads that spin while they wait make small steps up to 20 times as slow on a busy machine. The threads read
-# this when torch is imported: import this file before torch.
+# On a busy machine, threads that spin while they wait make small steps up to 20 times as slow. The setting is
+# read when torch is imported: import this file first.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 # ---------------------------------------------------------------- regular expressions
@@ -84,7 +84,8 @@ class Regex:
             ways = {}
             for state in level:
                 ends, edges = self._read(state)
-                ways[state] = ends + sum(len(chars) * self._ways[-1].get(target, 0) for chars, target in edges)
+                after = self._ways[-1]
+                ways[state] = ends + sum(len(chars) * after.get(target, 0) for chars, target in edges)
                 self._spend(len(edges) * (1 + ways[state].bit_length() // 1000))
             self._ways.append(ways)
         self.count = ways[self._start]
@@ -92,7 +93,7 @@ class Regex:
     def _spend(self, steps):
         self._work += steps
         if self._work > MAX_WORK:
-            raise ValueError(f"{self.pattern!r:.60} is too large or too ambiguous: make it or max_len smaller")
+            raise ValueError(f"{self.pattern!r:.60} is too large or ambiguous: make it or max_len smaller")
 
     def _read(self, state):
         """Whether a string may end in a state, and its edges, pairs of characters and the state they lead to.
@@ -291,7 +292,7 @@ class DataConfig:
     twins: bool = False             # random tasks in pairs, with the same inputs and different outputs
     n_train: int = 20               # training instructions a regex
     n_val: int = 10                 # instructions a regex in subset, in val and in ood
-    n_asked: int = 8                # inputs an instruction is taught with, and at most as many others in `pairs`
+    n_asked: int = 8                # inputs an instruction is taught with; as many others in `pairs`
     asks_for: str = "output"        # what to answer: output, task, distribution; nothing: there is no input
     n_probed: int = 64              # tasks that subset, val and ood are about; any more are only trained on
     max_len: int = 128              # longest instruction, in characters
@@ -303,12 +304,11 @@ class DataConfig:
         """Raises ValueError for a knob outside its range; an integer may be 0 if that is its default."""
         for field in dataclasses.fields(self):
             name, value = field.name, getattr(self, field.name)
-            if name in self.choices and value not in self.choices[name]:
+            if value not in self.choices.get(name, [value]):
                 raise ValueError(f"{name} is {value!r}, choose from {', '.join(self.choices[name])}")
-            if field.type in (int, float):
-                least = 1 if field.type is int and field.default else 0
-                if value < least or value > 10 ** 6 and name != "seed" or value != value:
-                    raise ValueError(f"{name} is {value}, it must be from {least} to {10 ** 6}")
+            least = 1 if field.type is int and field.default else 0
+            if field.type in (int, float) and not least <= value <= 10 ** 18:
+                raise ValueError(f"{name} is {value}, it must be a number from {least} up")
 
 
 class Task(NamedTuple):
@@ -340,13 +340,13 @@ def random_pattern(rng):
 def random_maps(cfg, rng):
     """A map for each task: inputs and outputs are dealt evenly, and no input has one output in two tasks.
 
-    Tasks have different sets of inputs if the pool has that many; with cfg.twins, tasks 0 and 1 have the same,
-    2 and 3, and so on. Raises ValueError for impossible sizes and for pools in which a word gives its task away.
+    Tasks have different sets of inputs if the pool has that many; with cfg.twins, tasks 0 and 1 share theirs,
+    so do 2 and 3, and so on. Raises ValueError for sizes that cannot be, or where a word gives its task away.
     """
     n, k, uses = cfg.n_tasks, cfg.n_mappings, Counter()
     if not k <= min(cfg.n_inputs, cfg.n_outputs) <= max(cfg.n_inputs, cfg.n_outputs) <= n * k // 2:
-        raise ValueError(f"n_inputs ({cfg.n_inputs}) and n_outputs ({cfg.n_outputs}) must be from n_mappings ({k}) "
-                         f"to n_tasks * n_mappings / 2 ({n * k // 2}), or some word would give its task away")
+        raise ValueError(f"n_inputs and n_outputs must be from n_mappings ({k}) to n_tasks * n_mappings / 2 "
+                         f"({n * k // 2}), or some word would give its task away")
     inputs = [chr(ord("A") + i % 26) * (1 + i // 26) for i in range(cfg.n_inputs)]      # A to Z, AA to ZZ ...
     outputs = [str(i) for i in range(cfg.n_outputs)]
     maps, sets, uses, taken = [], [], Counter(), set()
@@ -415,13 +415,14 @@ def read_tasks(path, max_len):
         raise ValueError(f"{path} is not JSON: {e}") from None
     spec = spec if isinstance(spec, dict) else {}
     check(spec.get("tokens") in ("characters", "words"), "tokens", 'must be "characters" or "words"')
-    check(isinstance(spec.get("tasks"), list) and spec["tasks"], "tasks", "must be a list of at least one task")
+    check(isinstance(spec.get("tasks"), list) and spec["tasks"], "tasks", "must be a list of tasks")
     tasks, regexes = {}, {}
     for number, entry in enumerate(spec["tasks"]):
         entry = entry if isinstance(entry, dict) else {}
         where = f"task {entry.get('name') or number}, "
         for key, kind in zip(Task._fields, (str, dict, list, str)):
-            check(isinstance(entry.get(key), kind) and entry[key], where + key, "is missing, empty or misshapen")
+            check(isinstance(entry.get(key), kind) and entry[key], where + key,
+                  f"is missing, empty or not a {kind.__name__}")
         task = Task(entry["name"], {}, entry["distributions"], entry["held_out"])
         check(task.name not in tasks, where + "name", "is another task's, too")
         tasks[task.name] = task
@@ -453,7 +454,7 @@ WORD = re.compile(r"\w[\w%s]*(?:['’-]\w[\w%s]*)*|[^\w\s][%s]*" % (MARKS, MARKS
 
 
 def words(text):
-    """The words and punctuation marks of a text, in Unicode's form NFC; "what's" and "ice-cream" are one each."""
+    """The words and punctuation marks of a text, in Unicode form NFC; "what's" and "ice-cream" are words."""
     return WORD.findall(unicodedata.normalize("NFC", text))
 
 
@@ -528,7 +529,8 @@ def encode(instances, cut_into):
     values = {key: sorted({identity(x) for x in texts}) for key, identity in IDENTITIES.items()}
     splits = {}
     for name, some in instances.items():
-        tokens = np.array([[number[token] for token in texts[x]] + [0] * (width - len(texts[x])) for x in some])
+        rows = [[number[token] for token in texts[x]] for x in some]
+        tokens = np.array([row + [0] * (width - len(row)) for row in rows])                 # 0 is <pad>
         sep, ans = (tokens == number[SEP]).argmax(1), (tokens == number[ANS]).argmax(1)
         is_output = (np.arange(width) > ans[:, None]) & (tokens != 0)
         identities = {key: np.searchsorted(values[key], [identity(x) for x in some])
@@ -550,14 +552,15 @@ def make_dataset(cfg):
     inputs, n = [set(task.map) for task in tasks], cfg.n_asked
     most = max(map(len, inputs))
     if cfg.n_val > cfg.n_train or most > cfg.n_train * n:
-        raise ValueError(f"n_train is {cfg.n_train}, it must be at least n_val ({cfg.n_val}), and times n_asked "
-                         f"({n}) at least {most}, the inputs of a task")
+        raise ValueError(f"n_train is {cfg.n_train}, it must be at least n_val ({cfg.n_val}), and times n_asked"
+                         f" ({n}) at least {most}, the inputs of a task")
     instances = {"train": [], "subset": [], "val": [], "ood": [], "pairs": []}
     regexes = [(t, *regex) for t, task in enumerate(tasks) for regex in task.regexes().items()]
     for number, (t, place, pattern) in enumerate(regexes):
-        rng, held_out, decks = random.Random(f"{cfg.seed}/instructions/{number}"), place.endswith("held_out"), {}
+        rng, held_out = random.Random(f"{cfg.seed}/instructions/{number}"), place.endswith("held_out")
+        n_strings, decks = cfg.n_val if held_out else cfg.n_val + cfg.n_train, {}
         try:                                    # distinct strings, so none is in train and val
-            strings = compile_regex(pattern, cfg.max_len).sample(cfg.n_val + cfg.n_train * (not held_out), rng)
+            strings = compile_regex(pattern, cfg.max_len).sample(n_strings, rng)
         except ValueError as e:
             raise ValueError(f"{place}: {e}; widen it, lower n_train or n_val, or raise max_len") from None
         for i, string in enumerate(strings):

@@ -6,9 +6,9 @@
     python train.py --resume                          go on from the last evaluation of a run that was stopped
     torchrun --standalone --nproc_per_node=2 train.py     two processes share every batch, and one writes
 
-Figures 2 and 3 of the paper start here: loss, accuracies, and the captures that probe.py reads. The paper fixes
-neither the sizes nor the optimiser; we take Muon for the blocks' matrices, since it needs fewer steps than AdamW,
-and a learning rate that warms up and then falls linearly.
+Figures 2 and 3 of the paper start here: loss, accuracies and the captures that probe.py reads. The paper
+fixes neither sizes nor optimiser. We take Muon for the blocks' matrices, as it needs fewer steps than AdamW, and
+a learning rate that warms up and then falls linearly.
 """
 import contextlib
 import dataclasses
@@ -51,7 +51,7 @@ class Config(DataConfig):
     muon_lr: float = 0.05           # peak learning rate of Muon
     weight_decay: float = 0.1       # decoupled weight decay of both
     warmup: float = 0.1             # share of the steps in which the rate rises, before it falls to 0
-    n_captures: int = 14            # how often the states are kept, denser at first
+    n_captures: int = 12            # how often the states are kept, denser at first
     eval_every: int = 0             # steps between further evaluations, without captures; 0: none
     device: str = "auto"            # cpu, cuda, or auto: cuda if there is one
 
@@ -64,9 +64,9 @@ PRESETS = {
     "quick": dict(out="runs/quick", n_tasks=8, n_distributions=2, n_layer=3, n_head=3, n_embd=48, steps=300,
                   n_captures=10),
     "facts": dict(out="runs/facts", tasks=str(Path(__file__).with_name("facts.json")), n_val=6, steps=800,
-                  batch_size=64, lr=0.006, muon_lr=0.04, n_captures=12),
-    "large": dict(out="runs/large", n_tasks=128, n_distributions=4, n_inputs=32, n_outputs=64, n_val=5, n_layer=6,
-                  n_embd=128, steps=1200, batch_size=256, lr=0.004, muon_lr=0.04, n_captures=10),
+                  batch_size=64, lr=0.006, muon_lr=0.04, n_captures=10),
+    "large": dict(out="runs/large", n_tasks=128, n_distributions=4, n_inputs=32, n_outputs=64, n_val=5,
+                  n_layer=6, n_embd=128, steps=1200, batch_size=256, lr=0.004, muon_lr=0.04, n_captures=10),
 }
 CAPTURED = "subset", "val", "ood"       # the splits whose states are kept; of `pairs`, the accuracy only
 
@@ -76,9 +76,9 @@ CAPTURED = "subset", "val", "ood"       # the splits whose states are kept; of `
 def train(cfg, resume=False, data=None):
     """Train as cfg says, or go on with the run in cfg.out; return that folder, laid out as README.md tells.
 
-    `data`, if given, is the data.Dataset to teach in place of what cfg describes (splits train, subset, val, ood,
-    and any more); give it again to resume or read the run. Raises ValueError for weights that are not finite and,
-    with nothing written, for settings that cannot be and for a folder that is in use.
+    `data`, if given, is a data.Dataset to teach in place of what cfg describes (splits train, subset, val and
+    ood, and any more); give it again to resume or read the run. Raises ValueError if the weights become nan
+    and, with nothing written, for settings that cannot be and a folder that is in use.
     """
     cfg.check()
     out, device = Path(cfg.out), pick_device(cfg.device)
@@ -88,59 +88,52 @@ def train(cfg, resume=False, data=None):
     optimizers = make_optimizers(model, cfg)
     rank, world = start_processes()
     first, rows = load_checkpoint(out, model, data, optimizers) if resume else (0, [])
-    if cfg.start and not resume:
+    if first == 0 and cfg.start:
         init_from(cfg.start, model, data)
     if rank == 0 and not resume:
         create_run(cfg, data, world)
-
     split = data.splits["train"]
     scored = split.is_output if cfg.loss_on == "answer" else split.tokens != 0
-    targets = torch.from_numpy(np.where(scored, split.tokens, -100)).to(device)     # (N, T), -100: not scored
-    tokens = torch.from_numpy(split.tokens).to(device)
-    captures = capture_steps(cfg.steps, cfg.n_captures)
-    evaluations = {*captures, *range(0, cfg.steps, cfg.eval_every or cfg.steps)} - {row["step"] for row in rows}
-    losses, clock = [], time.perf_counter()
+    tokens = torch.from_numpy(split.tokens).to(device)                              # (N, T)
+    targets = torch.from_numpy(np.where(scored, split.tokens, -100)).to(device)     # -100: not scored
+    due = {*capture_steps(cfg), *range(0, cfg.steps, cfg.eval_every or cfg.steps)}
+    due -= {row["step"] for row in rows}
+    losses, seconds, clock = [], rows[-1]["seconds"] if rows else 0, time.perf_counter()
     for step in range(first, cfg.steps + 1):
         # every so often evaluate, capture and save; this does not count as training time
-        if step in evaluations and rank == 0:
-            seconds = time.perf_counter() - clock + (rows[-1]["seconds"] if rows else 0)
-            accuracies, states = evaluate(model, data)
-            if step in captures:
-                write_arrays(capture_path(out, step), states)
+        if step in due and rank == 0:
+            seconds += time.perf_counter() - clock
             loss = torch.stack(losses).mean().item() if losses else None
-            rows.append({"step": step, "epoch": step * cfg.batch_size / len(tokens), "loss": loss, **accuracies,
-                         "seconds": seconds})
+            rows.append({"step": step, "loss": loss, **evaluate(model, data, cfg, step), "seconds": seconds})
             save_checkpoint(out, step, rows, model, optimizers)
             print_row(rows)
             losses, clock = [], time.perf_counter()
         if step == cfg.steps:
             break
 
-        # a batch; of several processes, each takes its share
-        batch = pick_batch(cfg, len(tokens), step).to(device)
-        mine = batch[rank::world]
         # forward and backward: the mean loss over the scored tokens of the whole batch
+        batch = pick_batch(cfg, len(tokens), step).to(device)
+        mine = batch[rank::world]                       # of several processes, each takes its share
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             logits, _ = model(tokens[mine, :-1])                                    # (B, T - 1, V)
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets[mine, 1:].flatten(), reduction="sum")
         loss = loss / (targets[batch, 1:] != -100).sum()
         loss.backward()
         losses.append(loss.detach())
-        if world > 1:                                   # one message sums loss and gradients over the processes
+        if world > 1:                               # one message sums loss and gradients over the processes
             parts = [losses[-1], *(p.grad for p in model.parameters())]
             sums = parameters_to_vector(parts)
             dist.all_reduce(sums)
             vector_to_parameters(sums, parts)
-        # step
         for optimizer, peak in zip(optimizers, (cfg.lr, cfg.muon_lr)):
             for group in optimizer.param_groups:
                 group["lr"] = peak * schedule(step, cfg)
             optimizer.step()
             optimizer.zero_grad()
-    if world > 1:
-        dist.destroy_process_group()
     if rank == 0:
         print("done; next: python probe.py", shlex.quote(cfg.out))
+    if world > 1:
+        dist.destroy_process_group()
     return out
 
 
@@ -150,9 +143,9 @@ def schedule(step, cfg):
     return min((step + 1) / warm, (cfg.steps - step) / (cfg.steps - warm + 1))
 
 
-def capture_steps(total, n):
-    """n steps from 0 to total, fewer if total is small: evenly spaced in the square root of the step."""
-    return sorted({round(total * x * x) for x in np.linspace(1, 0, n)})
+def capture_steps(cfg):
+    """n_captures steps from 0 to the last, fewer in a short run, evenly spaced in the step's square root."""
+    return sorted({round(cfg.steps * x * x) for x in np.linspace(1, 0, cfg.n_captures)})
 
 
 def make_generator(*key):
@@ -161,7 +154,7 @@ def make_generator(*key):
 
 
 def pick_batch(cfg, n, step):
-    """(B,): the instances, of n, of a step. Each epoch has a random order; what is left over waits for the next."""
+    """(B,): which of n instances a step takes. Each epoch has a random order; no batch spans two epochs."""
     size = min(cfg.batch_size, n)
     epoch, i = divmod(step, n // size)
     return torch.randperm(n, generator=make_generator(cfg.seed, "order", epoch))[i * size:(i + 1) * size]
@@ -187,8 +180,8 @@ def make_optimizers(model, cfg):
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): a mean of the gradients, made orthogonal, is the update of a matrix.
 
-    The same as torch.optim.Muon, but twice as fast or more on CPU: the matrices of a group, all of one shape, go
-    together, and in float32, as few CPUs are fast in bfloat16.
+    The same as torch.optim.Muon, but at least twice as fast on CPU: it takes lists of parameters of one
+    shape, which go together, and in float32, as few CPUs are fast in bfloat16.
     """
 
     def __init__(self, alike, weight_decay, momentum=0.95):
@@ -263,22 +256,25 @@ def observe(model, split, batch=128):
     return torch.cat(right).numpy(), {position: torch.cat(x, 1).numpy() for position, x in states.items()}
 
 
-def evaluate(model, data):
-    """Accuracy on every split but train, and the states of a capture, "split/position" -> (L + 1, n, C).
+def evaluate(model, data, cfg, step):
+    """{"acc_subset": accuracy, ...} of every split but train; where it is due, write the capture of the step.
 
     Raises ValueError if the states are not finite.
     """
     accuracies, states = {}, {}
-    for name in [name for name in data.splits if name != "train"]:
-        right, read = observe(model, data.splits[name])
+    for name, split in data.splits.items():
+        if name == "train":
+            continue
+        right, read = observe(model, split)
         accuracies[f"acc_{name}"] = float(right.mean())
-        for position, x in read.items():
-            if not np.isfinite(x).all():
-                raise ValueError("the weights are nan or infinite: choose another --out and a lower --lr or "
-                                 "--muon-lr (the last good checkpoint is kept)")
-            if name in CAPTURED:
-                states[f"{name}/{position}"] = x
-    return accuracies, states
+        if name in CAPTURED:
+            states |= {f"{name}/{position}": x for position, x in read.items()}
+    if not all(np.isfinite(x).all() for x in states.values()):
+        raise ValueError("the weights are nan or infinite: choose another --out and a lower --lr or --muon-lr "
+                         "(the last good checkpoint is kept)")
+    if step in capture_steps(cfg):
+        write_arrays(capture_path(cfg.out, step), states)
+    return accuracies
 
 
 # ---------------------------------------------------------------- the run folder
@@ -332,8 +328,8 @@ def load_checkpoint(run, model, data, optimizers=()):
         then = read_arrays(capture, "subset/answer")["subset/answer"]
         now = observe(model, data.splits["subset"])[1]["answer"]
         if then.shape != now.shape or np.abs(then - now).max() > 0.01 * np.abs(then).max():
-            raise ValueError(f"{run}: its weights no longer give the states in {capture.name}: model.py or data.py "
-                             "has changed since; undo that or train again")
+            raise ValueError(f"{run}: its weights no longer give the states in {capture.name}: model.py or "
+                             "data.py has changed since; undo that or train again")
     return step, [row for row in read_rows(Path(run, "metrics.jsonl")) if row["step"] <= step]
 
 
@@ -384,8 +380,8 @@ def read_data(run, data=None):
     made, stored = make_labels(data), read_arrays(Path(run, "states", "labels.npz"))
     changed = [name for name in made.keys() & stored if not np.array_equal(made[name], stored[name])]
     if changed:
-        raise ValueError(f"{run}: {changed[0]} in labels.npz is not what it was: tasks.json, config.json or data.py "
-                         "has changed since; undo that or train again")
+        raise ValueError(f"{run}: {changed[0]} in labels.npz is not what it was: tasks.json, config.json or "
+                         "data.py has changed since; undo that or train again")
     return data
 
 
@@ -417,7 +413,7 @@ def kept_steps(run):
 
 @contextlib.contextmanager
 def reading(path, way_out):
-    """Whatever goes wrong inside becomes a ValueError that names the file; a damaged one can raise anything."""
+    """Whatever goes wrong inside becomes a ValueError naming the file: a damaged one can raise anything."""
     try:
         yield
     except Exception as e:
@@ -462,7 +458,7 @@ def main():
     """Train a causal language model on instructions and keep its hidden states."""
     flags = Flags(Config, description=main.__doc__)
     flags.add_argument("--preset", choices=PRESETS, default="default", help="what the other flags start from")
-    flags.add_argument("--resume", action="store_true", help="go on from the last evaluation of the run in --out")
+    flags.add_argument("--resume", action="store_true", help="go on from the last evaluation of --out")
     given = vars(flags.parse_args())
     preset, resume = PRESETS[given.pop("preset")], given.pop("resume")
     out = given.setdefault("out", preset.get("out", Config.out))
