@@ -1,28 +1,26 @@
 # Everything runs from .venv, which is built from requirements.txt when it is missing.
 PYTHON ?= python3
 PY := .venv/bin/python
-# Waiting threads are to sleep soon: on a busy machine, spinning makes small steps ten times as slow.
-export GOMP_SPINCOUNT ?= 1000
 
 help:            ## this list
 	@awk -F ':.*## *' '/^[a-z]+:.*##/ {printf "  make %-7s %s\n", $$1, $$2}' Makefile
 
 train: .venv/made   ## train the default run into runs/default, or go on with it
-	$(PY) train.py $(if $(wildcard runs/default),--resume)
+	$(PY) train.py $(if $(wildcard runs/default/config.json),--resume)
 
 probe: .venv/made   ## cluster and score the captures of runs/default
 	$(PY) probe.py runs/default $(if $(wildcard runs/shuffled/probe.jsonl),--beside runs/shuffled)
 
 control: .venv/made  ## train and probe runs/shuffled, whose instructions get random tasks; then make probe
-	$(PY) train.py --shuffle-tasks --out runs/shuffled $(if $(wildcard runs/shuffled),--resume)
+	$(PY) train.py --shuffle-tasks --out runs/shuffled $(if $(wildcard runs/shuffled/config.json),--resume)
 	$(PY) probe.py runs/shuffled
 
 quick: .venv/made   ## train and probe a small run, in seconds
-	$(PY) train.py --preset quick $(if $(wildcard runs/quick),--resume)
+	$(PY) train.py --preset quick $(if $(wildcard runs/quick/config.json),--resume)
 	$(PY) probe.py runs/quick
 
 facts: .venv/made   ## train and probe runs/facts: English instructions about real facts
-	$(PY) train.py --preset facts $(if $(wildcard runs/facts),--resume)
+	$(PY) train.py --preset facts $(if $(wildcard runs/facts/config.json),--resume)
 	$(PY) probe.py runs/facts
 
 apply: .venv/made   ## what clusters are good for: pre-training and alignment, three seeds each
@@ -39,7 +37,7 @@ define study
 	$(PY) plot.py $(SEEDS:%=runs/$(1)-%) --out $(RESULTS)/$(1)
 endef
 runs/%/patch.jsonl:
-	$(PY) train.py $(TRAIN) --seed $(lastword $(subst -, ,$*)) --out runs/$* $(if $(wildcard runs/$*),--resume)
+	$(PY) train.py $(TRAIN) --seed $(lastword $(subst -, ,$*)) --out runs/$* $(if $(wildcard runs/$*/config.json),--resume)
 	$(PY) probe.py runs/$* $(PROBE)
 	$(PY) probe.py runs/$* --patch
 

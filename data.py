@@ -23,7 +23,6 @@ from bisect import bisect_left
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import count, product
 from pathlib import Path
 from string import ascii_letters, ascii_lowercase, digits
 from typing import NamedTuple
@@ -43,7 +42,7 @@ QUANTIFIER = re.compile(r"[?*+]|\{[0-9]+(,[0-9]*)?\}")
 CLASS = re.compile(r"\[(\^?)(\]?(?:\\.|[^]\\])*)\]", re.DOTALL)     # a ] in front stands for itself
 MEMBER = re.compile(r"(\\?.)(?:-(\\?.))?", re.DOTALL)               # of a class: a character or a range
 BAD_ESCAPE = (      # what is refused: how it looks, what it is called, the way out
-    r"\\(?:[0-9A-Za-z](?<![dswDSW])|\Z)", "escape", "only punctuation, d, w, s, D, W and S may follow a \\")
+    r"\\(?:(?![dswDSW])[0-9A-Za-z]|\Z)", "escape", "only punctuation, d, w, s, D, W and S may follow a \\")
 BAD = [
     (r"\\[1-9](?![0-7]{2})", "back-reference", "write out what it may repeat"),
     (r"[\^$]|\\[bBAZ]", "anchor", "leave it out, the whole string is always matched; or escape ^ and $"),
@@ -52,7 +51,7 @@ BAD = [
     (r"[?*+]", "leading quantifier", "escape it, or put something in front of it"),
     (r"[{}\]]", "bare", "escape it; a repetition is {m}, {m,} or {m,n}"),
     BAD_ESCAPE]
-MAX_DEPTH = 51          # of groups in groups, one of them that of `find_overlap`
+MAX_DEPTH = 50          # groups inside groups
 MAX_WORK = 700_000      # steps of one construction: about a second
 
 
@@ -79,15 +78,15 @@ class Regex:
         while levels[-1] and len(levels) <= max_len:
             levels.append({target for state in levels[-1] for _, target in self._read(state)[1]})
             self._spend(len(levels[-1]))
-        self._ways = [{}]                       # _ways[-1 - n][state]: how many strings finish from there
+        self._ways = [{}]       # _ways[n][state]: how many strings finish from a state after n characters
         for level in reversed(levels):
             ways = {}
             for state in level:
                 ends, edges = self._read(state)
-                after = self._ways[-1]
+                after = self._ways[0]
                 ways[state] = ends + sum(len(chars) * after.get(target, 0) for chars, target in edges)
-                self._spend(len(edges) * (1 + ways[state].bit_length() // 1000))
-            self._ways.append(ways)
+                self._spend(len(edges) * (1 + ways[state].bit_length() // 1000))    # long integers are slow
+            self._ways.insert(0, ways)
         self.count = ways[self._start]
 
     def _spend(self, steps):
@@ -104,7 +103,7 @@ class Regex:
             left_after, edges = defaultdict(set), defaultdict(str)
             for branch in state:
                 for chars, left in _steps(branch):
-                    self._spend((1 + len(chars)) * (1 + len(left) // 50))
+                    self._spend((1 + len(chars)) * (1 + len(left) // 50))           # long tuples are slow
                     for c in chars:
                         left_after[c].add(left)
             for c in sorted(left_after):
@@ -119,7 +118,7 @@ class Regex:
         string, (ends, edges) = "", self._read(self._start)
         while i or not ends:
             i -= ends                           # the string that ends here came first
-            ways = self._ways[-2 - len(string)]
+            ways = self._ways[len(string) + 1]
             for chars, state in edges:
                 if i < len(chars) * ways[state]:
                     break
@@ -155,19 +154,20 @@ class Regex:
 
 
 def find_overlap(patterns, max_len):
-    """The numbers of two patterns that have a string in common, or None.
+    """The indices (i, j) of two patterns that have a string in common, or None.
 
     Languages are disjoint if, and only if, their union has as many strings as they have together. Raises
     ValueError if that is too large to count.
     """
     def overlap(some):
-        union = Regex("|".join(f"(?:{pattern})" for pattern in some), max_len)
+        union = Regex("|".join(some), max_len)
         return union.count < sum(compile_regex(pattern, max_len).count for pattern in some)
 
     if not overlap(patterns):
         return None
     j = bisect_left(range(len(patterns)), True, key=lambda j: overlap(patterns[:j + 1]))
-    return next(i for i in range(j) if overlap([patterns[i], patterns[j]])), j
+    i = next(i for i in range(j) if overlap([patterns[i], patterns[j]]))
+    return i, j
 
 
 compile_regex = lru_cache(maxsize=10_000)(Regex)        # what is checked first is sampled later
@@ -230,10 +230,11 @@ def _char_class(pattern, i):
     for member in MEMBER.finditer(pattern, *found.span(2)):
         low, high = member.groups()
         _refuse(pattern, member.start(1), BAD_ESCAPE)
-        _refuse(pattern, member.start(2), BAD_ESCAPE)
+        if high:
+            _refuse(pattern, member.start(2), BAD_ESCAPE)
         if low in SETS and not high:
             chars |= SETS[low]
-        elif low in SETS or high in SETS or high and high[-1] < low[-1]:
+        elif low in SETS or high in SETS or (high or low)[-1] < low[-1]:
             _fail(pattern, f"bad range {member[0]}", member.start(), "it needs two characters, in order")
         else:
             chars.update(map(chr, range(ord(low[-1]), ord((high or low)[-1]) + 1)))
@@ -247,8 +248,7 @@ def _repetition(pattern, i):
         return 1, 1, i
     text = {"?": "0,1", "*": "0,", "+": "1,"}.get(found[0], found[0][1:-1])
     least, comma, most = text.partition(",")
-    least = int(least[:9])          # nine digits are more than anybody can count to
-    most = int(most[:9]) if most else math.inf if comma else least
+    least, most = float(least), float(most or ("inf" if comma else least))
     if most < least:
         _fail(pattern, f"empty repetition {found[0]}", i, "write {m,n} with m <= n")
     return least, most, found.end()
@@ -285,13 +285,13 @@ class DataConfig:
     seed: int = 0                   # every random draw follows from it
     tasks: str = ""                 # a tasks file, in place of random tasks
     n_tasks: int = 16               # random tasks
-    n_distributions: int = 3        # regexes a random task, and one more that is held out
+    n_distributions: int = 3        # regexes per random task, and one more that is held out
     n_mappings: int = 5             # inputs a random task is defined on
     n_inputs: int = 10              # pool of inputs that random tasks share
     n_outputs: int = 20             # pool of outputs that random tasks share
     twins: bool = False             # random tasks in pairs, with the same inputs and different outputs
-    n_train: int = 20               # training instructions a regex
-    n_val: int = 10                 # instructions a regex in subset, in val and in ood
+    n_train: int = 20               # training instructions per regex
+    n_val: int = 10                 # instructions per regex in subset, in val and in ood
     n_asked: int = 8                # inputs an instruction is taught with; as many others in `pairs`
     asks_for: str = "output"        # what to answer: output, task, distribution; nothing: there is no input
     n_probed: int = 64              # tasks that subset, val and ood are about; any more are only trained on
@@ -324,13 +324,13 @@ class Task(NamedTuple):
         return {**known, f"task {self.name}, held_out": self.held_out}
 
 
-TWO_LETTERS = ["".join(letters) for letters in product(ascii_lowercase, repeat=2)]
+TWO_LETTERS = [a + b for a in ascii_lowercase for b in ascii_lowercase]
 
 
 def random_pattern(rng):
-    """Five parts in random order: two literals, two times two letters of a class of four, one of three words.
+    """Five parts in random order: two literals like ab, two classes like [abcd]{2}, one choice (ab|cd|ef).
 
-    768 strings, all of 10 letters: the length gives nothing away.
+    16 * 16 * 3 = 768 strings, all of 10 letters: the length gives nothing away.
     """
     classes = ["[" + "".join(sorted(rng.sample(ascii_lowercase, 4))) + "]{2}" for _ in range(2)]
     parts = [*rng.sample(TWO_LETTERS, 2), *classes, "(" + "|".join(rng.sample(TWO_LETTERS, 3)) + ")"]
@@ -341,31 +341,31 @@ def random_maps(cfg, rng):
     """A map for each task: inputs and outputs are dealt evenly, and no input has one output in two tasks.
 
     Tasks have different sets of inputs if the pool has that many; with cfg.twins, tasks 0 and 1 share theirs,
-    so do 2 and 3, and so on. Raises ValueError for sizes that cannot be, or where a word gives its task away.
+    so do 2 and 3, and so on. Raises ValueError for impossible sizes, or where a word gives its task away.
     """
-    n, k, uses = cfg.n_tasks, cfg.n_mappings, Counter()
-    if not k <= min(cfg.n_inputs, cfg.n_outputs) <= max(cfg.n_inputs, cfg.n_outputs) <= n * k // 2:
+    n, k = cfg.n_tasks, cfg.n_mappings
+    if not all(k <= size <= n * k // 2 for size in (cfg.n_inputs, cfg.n_outputs)):
         raise ValueError(f"n_inputs and n_outputs must be from n_mappings ({k}) to n_tasks * n_mappings / 2 "
                          f"({n * k // 2}), or some word would give its task away")
-    inputs = [chr(ord("A") + i % 26) * (1 + i // 26) for i in range(cfg.n_inputs)]      # A to Z, AA to ZZ ...
+    inputs = [chr(ord("A") + i % 26) * (1 + i // 26) for i in range(cfg.n_inputs)]      # A ... Z, AA, BB ...
     outputs = [str(i) for i in range(cfg.n_outputs)]
+    alike = 2 if cfg.twins else 1
+    most = alike * math.ceil(n / alike / math.comb(cfg.n_inputs, k))    # tasks that share one set of inputs
     maps, sets, uses, taken = [], [], Counter(), set()
 
     def deal(words, attempt):       # the least used first; after many attempts, less evenly
         return sorted(words, key=lambda word: uses[word] + (1 + attempt // 500) * rng.random())[:k]
 
-    alike = 2 if cfg.twins else 1
-    most = math.ceil(n / alike / math.comb(cfg.n_inputs, k))        # how often a set of inputs is dealt
     for t in range(n):
         for attempt in range(10_000):
             chosen = sets[-1] if t % alike else sorted(deal(inputs, attempt))
             task = dict(zip(chosen, rng.sample(deal(outputs, attempt), k)))
-            if taken.isdisjoint(task.items()) and (t % alike or sets.count(chosen) < most):
+            if taken.isdisjoint(task.items()) and sets.count(chosen) < most:
                 break
         else:
             raise ValueError(f"n_outputs is {cfg.n_outputs}, raise it: an input needs another in every task")
         maps.append(task)
-        sets += [chosen] * (t % alike == 0)
+        sets.append(chosen)
         taken.update(task.items())
         uses.update([*task, *task.values()])
     return maps
@@ -450,7 +450,7 @@ PAD, SEP, ANS, EOS = SPECIALS = "<pad>", "<sep>", "<ans>", "<eos>"      # <pad> 
 # Signs that belong to the letter before them and have no Unicode form with it, as in Hindi or Thai.
 MARKS = "\u200c\u200d" + "".join(
     c for c in map(chr, range(0x300, 0x1F000)) if unicodedata.category(c).startswith("M"))
-WORD = re.compile(r"\w[\w%s]*(?:['’-]\w[\w%s]*)*|[^\w\s][%s]*" % (MARKS, MARKS, MARKS))
+WORD = re.compile(rf"\w[\w{MARKS}]*(?:['’-]\w[\w{MARKS}]*)*|[^\w\s][{MARKS}]*")
 
 
 def words(text):
@@ -492,13 +492,13 @@ class Split(NamedTuple):
     positions: dict[str, tuple]             # name -> rows and columns of `tokens` where a state is read
 
     def state_of(self, position):
-        """(N,): which of the states read at a position is each instance's."""
+        """(N,): for each instance, the row of its state among those read at a position."""
         return np.searchsorted(self.positions[position][0], np.arange(len(self.tokens)), side="right") - 1
 
     def labels(self, position):
         """name -> (n,) int64, a label for each state read at a position.
 
-        Where a state is read for several instances, as at `instruction`, only the identities they agree on.
+        A state that several instances share, as at `instruction`, has only the identities they agree on.
         """
         rows, state_of = self.positions[position][0], self.state_of(position)
         return {key: ids[rows] for key, ids in self.identities.items() if (ids == ids[rows][state_of]).all()}
@@ -544,17 +544,17 @@ def encode(instances, cut_into):
 def make_dataset(cfg):
     """Tasks, vocabulary and splits: the same cfg gives the same anywhere.
 
-    In a task of more than n_asked inputs these take turns, n_asked an instruction; split `pairs` asks the
-    instructions of subset with at most as many others. Raises ValueError for sizes that cannot be.
+    In a task of more than n_asked inputs these take turns, n_asked per instruction; split `pairs` asks the
+    instructions of subset with at most as many others. Raises ValueError for impossible sizes.
     """
     cfg.check()
     cut_into, tasks = read_tasks(cfg.tasks, cfg.max_len) if cfg.tasks else ("characters", random_tasks(cfg))
     inputs, n = [set(task.map) for task in tasks], cfg.n_asked
     most = max(map(len, inputs))
     if cfg.n_val > cfg.n_train or most > cfg.n_train * n:
-        raise ValueError(f"n_train is {cfg.n_train}, it must be at least n_val ({cfg.n_val}), and times n_asked"
-                         f" ({n}) at least {most}, the inputs of a task")
-    instances = {"train": [], "subset": [], "val": [], "ood": [], "pairs": []}
+        raise ValueError(f"n_train is {cfg.n_train}: raise it to n_val ({cfg.n_val}) or more, and n_train times"
+                         f" n_asked to {most}, the inputs of a task")
+    instances = {"train": [], "subset": [], "val": [], "ood": []}
     regexes = [(t, *regex) for t, task in enumerate(tasks) for regex in task.regexes().items()]
     for number, (t, place, pattern) in enumerate(regexes):
         rng, held_out = random.Random(f"{cfg.seed}/instructions/{number}"), place.endswith("held_out")
@@ -580,8 +580,7 @@ def make_dataset(cfg):
                     x = Instance(string, word, output, told, number, inputs.index(inputs[told]))
                     if cfg.asks_for in ("task", "distribution"):
                         x = x._replace(output=f"{cfg.asks_for}{getattr(x, cfg.asks_for)}")
-                    instances[name].append(x)
-    instances = {name: some for name, some in instances.items() if some}    # there may be no `pairs`
+                    instances.setdefault(name, []).append(x)
     return Dataset(cut_into, tasks, *encode(instances, cut_into))
 
 
@@ -591,9 +590,9 @@ def make_dataset(cfg):
 class Flags(argparse.ArgumentParser):
     """A command line with a flag for every knob of a configuration; only what was given is parsed."""
 
-    def __init__(self, config=None, **texts):
+    def __init__(self, config=object, **texts):
         super().__init__(allow_abbrev=False, **texts)
-        source = "".join(inspect.getsource(part) for part in config.__mro__[:-1]) if config else ""
+        source = "".join(inspect.getsource(part) for part in config.__mro__[:-1])
         for name, why in re.findall(r"(\w+): \w+ = .*?# (.*)", source):
             default = getattr(config, name)
             takes = {"action": "store_true"} if default is False else {"type": type(default)}

@@ -27,21 +27,21 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import data             # before torch: it sets how torch's threads wait
+from data import DataConfig, Regex, make_dataset
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import apply
-import data
 import model
 import plot
 import probe
 import train
-from data import DataConfig, Regex, make_dataset
 
 HERE = Path(__file__).parent
 settings.register_profile("all", deadline=None, derandomize=True)
@@ -711,6 +711,7 @@ def test_muon_does_what_torchs_does_and_makes_updates_orthogonal():
             update = (old * (1 - 0.3 * lr) - p.detach()) / max(1, p.shape[0] / p.shape[1]) ** 0.5
             singular = torch.linalg.svdvals(update)
             assert (singular > 0.55 * lr - 1e-6).all() and (singular < 1.3 * lr + 1e-6).all()
+            q.data.copy_(p.data)
 
 
 @pytest.mark.parametrize("loss_on", ["all", "answer"])
@@ -866,10 +867,10 @@ def test_slow_a_run_killed_at_twenty_moments_ends_in_the_same_bits(run, tmp_path
 
 def test_slow_ctrl_c_says_how_to_go_on_from_the_last_evaluation_and_exits_with_130(tmp_path):
     out = tmp_path / "my run; ls"
-    command = [sys.executable, "-u", "train.py", *as_flags({**TINY, "steps": 1200, "n_captures": 40, "out": out})]
+    command = [sys.executable, "-u", "train.py", *as_flags({**TINY, "steps": 2500, "n_captures": 40, "out": out})]
     process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in iter(process.stdout.readline, ""):              # so that training is under way
-        if line.split()[0] == "28":
+        if line.split()[0] == "59":
             break
     process.send_signal(signal.SIGINT)
     said, complaint = process.communicate(timeout=60)
@@ -877,7 +878,7 @@ def test_slow_ctrl_c_says_how_to_go_on_from_the_last_evaluation_and_exits_with_1
     going_on = shlex.split(said.splitlines()[-1].split("python ")[1])
     assert going_on == ["train.py", "--resume", "--out", str(out)]
     step = torch.load(out / "ckpt.pt", weights_only=True)["step"]
-    assert 28 <= step < 1200 and step == lines(out / "metrics.jsonl")[-1]["step"]
+    assert 59 <= step < 2500 and step == lines(out / "metrics.jsonl")[-1]["step"]
     subprocess.run([sys.executable, *going_on], cwd=HERE, check=True, capture_output=True)
     whole = train.train(dataclasses.replace(train.read_config(out), out=str(tmp_path / "whole")))
     went_on, never = outcome(out), outcome(whole)
@@ -975,7 +976,7 @@ def test_weights_of_tokens_and_places_go_by_name_and_others_are_fresh(run, tmp_p
             assert torch.equal(weight, torch.stack(expected))
         else:
             assert torch.equal(weight, old[key][:len(weight)])
-    with pytest.raises(ValueError, match="blocks are not like"):
+    with pytest.raises(ValueError, match="has other blocks"):
         train.train(dataclasses.replace(cfg, n_layer=3, n_embd=32))
     assert not Path(cfg.out).exists()
 

@@ -7,8 +7,8 @@
     torchrun --standalone --nproc_per_node=2 train.py     two processes share every batch, and one writes
 
 Figures 2 and 3 of the paper start here: loss, accuracies and the captures that probe.py reads. The paper
-fixes neither sizes nor optimiser. We take Muon for the blocks' matrices, as it needs fewer steps than AdamW, and
-a learning rate that warms up and then falls linearly.
+fixes neither sizes nor optimiser. We take Muon for the blocks' matrices, as it needs fewer steps than AdamW,
+and a learning rate that warms up and then falls linearly.
 """
 import contextlib
 import dataclasses
@@ -16,10 +16,8 @@ import io
 import json
 import os
 import random
-import re
 import shlex
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from data import DataConfig, Flags, command_line, make_dataset, write, write_tasks
@@ -35,16 +33,16 @@ from model import GPT, ModelConfig
 # ---------------------------------------------------------------- configuration
 
 
-@dataclass
+@dataclasses.dataclass
 class Config(DataConfig):
     """Every knob of a run: the data's, and these."""
     out: str = "runs/default"       # run folder
     start: str = ""                 # a run whose final weights to start from
     n_layer: int = 4                # blocks
-    n_head: int = 4                 # attention heads a block
+    n_head: int = 4                 # attention heads per block
     n_embd: int = 64                # width
     steps: int = 480                # training steps
-    batch_size: int = 32            # instances a step
+    batch_size: int = 32            # instances per step
     loss_on: str = "all"            # all: every next token, a causal language model; answer: the output alone
     optimizer: str = "muon"         # muon: Muon for the blocks' matrices, AdamW for the rest; adamw: no Muon
     lr: float = 0.008               # peak learning rate of AdamW
@@ -77,13 +75,13 @@ def train(cfg, resume=False, data=None):
     """Train as cfg says, or go on with the run in cfg.out; return that folder, laid out as README.md tells.
 
     `data`, if given, is a data.Dataset to teach in place of what cfg describes (splits train, subset, val and
-    ood, and any more); give it again to resume or read the run. Raises ValueError if the weights become nan
-    and, with nothing written, for settings that cannot be and a folder that is in use.
+    ood, and any more); give it again to resume or read the run. Raises ValueError for impossible settings or
+    a folder in use (nothing is written then), and if the weights become nan.
     """
     cfg.check()
     out, device = Path(cfg.out), pick_device(cfg.device)
     check_folder(cfg, resume)
-    data = read_data(out, data) if resume else data or make_dataset(cfg)
+    data = read_data(out, data) if resume else (data or make_dataset(cfg))
     model = make_model(cfg, data).to(device)
     optimizers = make_optimizers(model, cfg)
     rank, world = start_processes()
@@ -97,8 +95,8 @@ def train(cfg, resume=False, data=None):
     tokens = torch.from_numpy(split.tokens).to(device)                              # (N, T)
     targets = torch.from_numpy(np.where(scored, split.tokens, -100)).to(device)     # -100: not scored
     due = {*capture_steps(cfg), *range(0, cfg.steps, cfg.eval_every or cfg.steps)}
-    due -= {row["step"] for row in rows}
-    losses, seconds, clock = [], rows[-1]["seconds"] if rows else 0, time.perf_counter()
+    due -= {row["step"] for row in rows}                # a resumed run has evaluated its first step
+    seconds, losses, clock = rows[-1]["seconds"] if rows else 0, [], time.perf_counter()
     for step in range(first, cfg.steps + 1):
         # every so often evaluate, capture and save; this does not count as training time
         if step in due and rank == 0:
@@ -122,8 +120,7 @@ def train(cfg, resume=False, data=None):
         losses.append(loss.detach())
         if world > 1:                               # one message sums loss and gradients over the processes
             parts = [losses[-1], *(p.grad for p in model.parameters())]
-            sums = parameters_to_vector(parts)
-            dist.all_reduce(sums)
+            dist.all_reduce(sums := parameters_to_vector(parts))
             vector_to_parameters(sums, parts)
         for optimizer, peak in zip(optimizers, (cfg.lr, cfg.muon_lr)):
             for group in optimizer.param_groups:
@@ -132,7 +129,7 @@ def train(cfg, resume=False, data=None):
             optimizer.zero_grad()
     if rank == 0:
         print("done; next: python probe.py", shlex.quote(cfg.out))
-    if world > 1:
+    if dist.is_initialized():
         dist.destroy_process_group()
     return out
 
@@ -172,21 +169,21 @@ def make_optimizers(model, cfg):
     alike, rest = {}, []
     for name, p in model.named_parameters():
         matrix = cfg.optimizer == "muon" and name.startswith("blocks") and p.dim() == 2
-        (alike.setdefault(p.shape, []) if matrix else rest).append(p)
+        group = alike.setdefault(p.shape, []) if matrix else rest
+        group.append(p)
     adamw = torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
     return [adamw, Muon(alike.values(), cfg.weight_decay)] if alike else [adamw]
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024): a mean of the gradients, made orthogonal, is the update of a matrix.
+    """Muon (Jordan et al. 2024): a matrix moves by the running mean of its gradients, made orthogonal.
 
     The same as torch.optim.Muon, but at least twice as fast on CPU: it takes lists of parameters of one
     shape, which go together, and in float32, as few CPUs are fast in bfloat16.
     """
 
-    def __init__(self, alike, weight_decay, momentum=0.95):
-        super().__init__([{"params": params} for params in alike], {"lr": 0.0})
-        self.weight_decay, self.momentum = weight_decay, momentum
+    def __init__(self, alike, weight_decay):
+        super().__init__([{"params": params} for params in alike], {"lr": 0.0, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self):
@@ -195,11 +192,11 @@ class Muon(torch.optim.Optimizer):
             params, lr = group["params"], group["lr"]
             grads = torch.stack([p.grad for p in params])
             mean = self.state[params[0]].setdefault("mean", torch.zeros_like(grads))
-            mean.lerp_(grads, 1 - self.momentum)
-            updates = orthogonal(grads.lerp(mean, self.momentum))
+            mean.lerp_(grads, 0.05)
+            updates = orthogonal(grads.lerp(mean, 0.95))                        # Nesterov
             rate = lr * max(1, grads.shape[1] / grads.shape[2]) ** 0.5
             for p, update in zip(params, updates):
-                p.mul_(1 - lr * self.weight_decay).sub_(update, alpha=rate)
+                p.mul_(1 - lr * group["weight_decay"]).sub_(update, alpha=rate)
 
 
 def orthogonal(x):
@@ -246,13 +243,13 @@ def observe(model, split, batch=128):
     right, states = [], {position: [] for position in split.positions}
     for start in range(0, len(tokens), batch):
         some = slice(start, start + batch)
-        logits, layers = model(tokens[some, :-1])           # (B, T - 1, V), L + 1 times (B, T - 1, C)
+        logits, layers = model(tokens[some, :-1])           # (B, T - 1, V)
+        layers = torch.stack(layers)                        # (L + 1, B, T - 1, C)
         wrong = (logits.argmax(-1) != tokens[some, 1:]) & is_output[some, 1:]
         right.append(~wrong.any(1).cpu())
         for position, (rows, columns) in split.positions.items():
             here = (rows >= start) & (rows < start + batch)
-            read = torch.stack([x[rows[here] - start, columns[here]] for x in layers])      # (L + 1, n, C)
-            states[position].append(read.half().cpu())
+            states[position].append(layers[:, rows[here] - start, columns[here]].half().cpu())
     return torch.cat(right).numpy(), {position: torch.cat(x, 1).numpy() for position, x in states.items()}
 
 
@@ -270,8 +267,8 @@ def evaluate(model, data, cfg, step):
         if name in CAPTURED:
             states |= {f"{name}/{position}": x for position, x in read.items()}
     if not all(np.isfinite(x).all() for x in states.values()):
-        raise ValueError("the weights are nan or infinite: choose another --out and a lower --lr or --muon-lr "
-                         "(the last good checkpoint is kept)")
+        raise ValueError("the weights are nan or infinite: choose another --out and a lower --lr or "
+                         "--muon-lr (the last good checkpoint is kept)")
     if step in capture_steps(cfg):
         write_arrays(capture_path(cfg.out, step), states)
     return accuracies
@@ -282,9 +279,11 @@ def evaluate(model, data, cfg, step):
 
 def check_folder(cfg, resume):
     """Raises ValueError if a new run would overwrite one, or a resumed one has other settings."""
-    if not resume and (Path(cfg.out, "config.json").exists() or kept_steps(cfg.out)):
-        raise ValueError(f"{cfg.out} exists: choose another --out, delete it, or go on with --resume")
-    stored = vars(read_config(cfg.out) if resume else cfg)
+    if not resume:
+        if Path(cfg.out, "config.json").exists() or kept_steps(cfg.out):
+            raise ValueError(f"{cfg.out} exists: choose another --out, delete it, or go on with --resume")
+        return
+    stored = vars(read_config(cfg.out))
     changed = [key for key in stored if key not in ("out", "device") and stored[key] != vars(cfg)[key]]
     if changed:
         raise ValueError(f"{cfg.out} was begun with another {', '.join(changed)}: leave that out to go on, "
@@ -342,22 +341,22 @@ def load_model(run, data, device):
 
 
 def init_from(run, model, data):
-    """Give a model the weights of another run: of tokens those that both know, of positions as many.
+    """Start from the last weights of another run; of its embeddings, take the tokens and positions both have.
 
     Raises ValueError if that run cannot be read, or its blocks are not like the model's.
     """
-    other = read_data(run)
-    old, new = load_model(run, other, next(model.parameters()).device).state_dict(), model.state_dict()
+    cfg, other = read_config(run), read_data(run)
+    if any(getattr(cfg, key) != getattr(model.cfg, key) for key in ("n_layer", "n_head", "n_embd")):
+        raise ValueError(f"start: {run} has other blocks: give its n_layer, n_head and n_embd")
+    old = load_model(run, other, next(model.parameters()).device).state_dict()
     known = [token for token in data.vocabulary if token in other.vocabulary]
-    mine, theirs = ([d.vocabulary.index(token) for token in known] for d in (data, other))
-    with reading(run, "its blocks are not like the model's"):
-        for key in new:
-            here = there = slice(None)
-            if key == "token.weight":
-                here, there = mine, theirs
-            elif key == "position.weight":
-                here = there = slice(min(len(new[key]), len(old[key])))
-            new[key][here] = old[key][there]
+    for key, new in model.state_dict().items():         # these share their memory with the model
+        here = there = slice(None)
+        if key == "token.weight":
+            here, there = ([d.vocabulary.index(token) for token in known] for d in (data, other))
+        elif key == "position.weight":
+            here = there = slice(min(len(new), len(old[key])))
+        new[here] = old[key][there]
 
 
 def read_config(run):
@@ -377,11 +376,11 @@ def read_data(run, data=None):
     Raises ValueError if it is not the same as then.
     """
     data = data or make_dataset(dataclasses.replace(read_config(run), tasks=str(Path(run, "tasks.json"))))
-    made, stored = make_labels(data), read_arrays(Path(run, "states", "labels.npz"))
-    changed = [name for name in made.keys() & stored if not np.array_equal(made[name], stored[name])]
-    if changed:
-        raise ValueError(f"{run}: {changed[0]} in labels.npz is not what it was: tasks.json, config.json or "
-                         "data.py has changed since; undo that or train again")
+    stored = read_arrays(Path(run, "states", "labels.npz"))
+    for name, labels in make_labels(data).items():
+        if not np.array_equal(labels, stored.get(name, labels)):        # an identity added since is no change
+            raise ValueError(f"{run}: {name} in labels.npz is not what it was: tasks.json, config.json or "
+                             "data.py has changed since; undo that or train again")
     return data
 
 
@@ -407,8 +406,8 @@ def capture_path(run, step):
 
 def kept_steps(run):
     """The steps whose captures are there; other files, as editors leave them, do not count."""
-    names = [path.stem for path in Path(run, "states").glob("*.npz")]
-    return sorted(int(name) for name in names if re.fullmatch("[0-9]+", name))
+    paths = Path(run, "states").glob("*.npz")
+    return sorted(int(path.stem) for path in paths if path.stem.isdecimal())
 
 
 @contextlib.contextmanager
@@ -448,7 +447,7 @@ def write_arrays(path, arrays):
 
 
 def print_row(rows):
-    """One line an evaluation, the first one under a heading; seconds are those of training."""
+    """One line per evaluation, the first one under a heading; seconds are those of training."""
     if len(rows) == 1:
         print(*(f"{key.removeprefix('acc_'):>8}" for key in rows[0]))
     print(*(f"{'-' if value is None else round(value, 3):>8}" for value in rows[-1].values()), flush=True)
