@@ -39,7 +39,7 @@ PRINTABLE = frozenset(map(chr, range(0x20, 0x7F)))
 SETS = {r"\d": frozenset(digits), r"\s": frozenset(" "), r"\w": frozenset(ascii_letters + digits + "_")}
 SETS |= {name.upper(): PRINTABLE - chars for name, chars in SETS.items()}
 QUANTIFIER = re.compile(r"[?*+]|\{[0-9]+(,[0-9]*)?\}")
-CLASS = re.compile(r"\[(\^?)(\]?(?:\\.|[^]\\])*)\]", re.DOTALL)     # a ] in front stands for itself
+CLASS = re.compile(r"\[(\^?+)(\]?+(?:\\.|[^]\\])*)\]", re.DOTALL)     # a ] in front stands for itself
 MEMBER = re.compile(r"(\\?.)(?:-(\\?.))?", re.DOTALL)               # of a class: a character or a range
 BAD_ESCAPE = (      # what is refused: how it looks, what it is called, the way out
     r"\\(?:(?![dswDSW])[0-9A-Za-z]|\Z)", "escape", "only punctuation, d, w, s, D, W and S may follow a \\")
@@ -216,7 +216,7 @@ def _parse(pattern, i, depth=0):
             least = 0               # the same language, and whatever a repetition reads is not empty
         if least == most == 1 and len(inside) == 1:
             branches[-1] += [*inside][0]
-        elif most > 0:
+        elif most > 0 and inside != {()}:
             branches[-1].append((inside, least, most))
     return frozenset(map(tuple, branches)), i
 
@@ -304,11 +304,13 @@ class DataConfig:
         """Raises ValueError for a knob outside its range; an integer may be 0 if that is its default."""
         for field in dataclasses.fields(self):
             name, value = field.name, getattr(self, field.name)
+            if type(value) not in ((int, float) if field.type is float else (field.type,)):
+                raise ValueError(f"{name} is {value!r:.60}, it must be of type {field.type.__name__}")
             if value not in self.choices.get(name, [value]):
                 raise ValueError(f"{name} is {value!r}, choose from {', '.join(self.choices[name])}")
-            least = 1 if field.type is int and field.default else 0
-            if field.type in (int, float) and not least <= value <= 10 ** 18:
-                raise ValueError(f"{name} is {value}, it must be a number from {least} up")
+            least, most = 1 if field.type is int and field.default else 0, 10 ** (18 if name == "seed" else 6)
+            if field.type in (int, float) and not least <= value <= most:
+                raise ValueError(f"{name} is {value}, it must be from {least} to {most}")
 
 
 class Task(NamedTuple):
@@ -343,15 +345,12 @@ def random_maps(cfg, rng):
     Tasks have different sets of inputs if the pool has that many; with cfg.twins, tasks 0 and 1 share theirs,
     so do 2 and 3, and so on. Raises ValueError for impossible sizes, or where a word gives its task away.
     """
-    n, k = cfg.n_tasks, cfg.n_mappings
-    if not all(k <= size <= n * k // 2 for size in (cfg.n_inputs, cfg.n_outputs)):
-        raise ValueError(f"n_inputs and n_outputs must be from n_mappings ({k}) to n_tasks * n_mappings / 2 "
-                         f"({n * k // 2}), or some word would give its task away")
+    n, k, alike = cfg.n_tasks, cfg.n_mappings, 2 if cfg.twins else 1
+    if k > min(cfg.n_inputs, cfg.n_outputs) or n % alike:
+        raise ValueError(f"n_mappings ({k}) must be at most n_inputs and n_outputs; twins need even n_tasks")
     inputs = [chr(ord("A") + i % 26) * (1 + i // 26) for i in range(cfg.n_inputs)]      # A ... Z, AA, BB ...
     outputs = [str(i) for i in range(cfg.n_outputs)]
-    alike = 2 if cfg.twins else 1
-    most = alike * math.ceil(n / alike / math.comb(cfg.n_inputs, k))    # tasks that share one set of inputs
-    maps, sets, uses, taken = [], [], Counter(), set()
+    maps, sets, uses, taken, n_sets = [], [], Counter(), set(), math.comb(cfg.n_inputs, k)
 
     def deal(words, attempt):       # the least used first; after many attempts, less evenly
         return sorted(words, key=lambda word: uses[word] + (1 + attempt // 500) * rng.random())[:k]
@@ -360,14 +359,16 @@ def random_maps(cfg, rng):
         for attempt in range(10_000):
             chosen = sets[-1] if t % alike else sorted(deal(inputs, attempt))
             task = dict(zip(chosen, rng.sample(deal(outputs, attempt), k)))
-            if taken.isdisjoint(task.items()) and sets.count(chosen) < most:
+            if taken.isdisjoint(task.items()) and (t % alike or sets.count(chosen) <= len(sets) // n_sets):
                 break
         else:
             raise ValueError(f"n_outputs is {cfg.n_outputs}, raise it: an input needs another in every task")
         maps.append(task)
-        sets.append(chosen)
+        sets += [chosen] if t % alike == 0 else []
         taken.update(task.items())
         uses.update([*task, *task.values()])
+    if any(uses[word] < 2 for word in inputs + outputs):
+        raise ValueError("some word would give its task away: lower n_inputs or n_outputs, or raise n_tasks")
     return maps
 
 
@@ -406,13 +407,15 @@ def read_tasks(path, max_len):
 
     def unique(pairs):              # json would keep the last value of a key that is there twice
         for key, times in Counter(key for key, _ in pairs).items():
-            check(times == 1, f"key {key!r:.60}", "is there twice")
+            if times > 1:
+                raise ValueError(f"key {key!r:.60} is there twice")
         return dict(pairs)
 
     try:
         spec = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
-    except (UnicodeError, json.JSONDecodeError, RecursionError) as e:
-        raise ValueError(f"{path} is not JSON: {e}") from None
+        json.dumps(spec, ensure_ascii=False).encode()           # a lone surrogate is no text
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is not a tasks file: {e}") from None
     spec = spec if isinstance(spec, dict) else {}
     check(spec.get("tokens") in ("characters", "words"), "tokens", 'must be "characters" or "words"')
     check(isinstance(spec.get("tasks"), list) and spec["tasks"], "tasks", "must be a list of tasks")
@@ -535,7 +538,7 @@ def encode(instances, cut_into):
         is_output = (np.arange(width) > ans[:, None]) & (tokens != 0)
         identities = {key: np.searchsorted(values[key], [identity(x) for x in some])
                       for key, identity in IDENTITIES.items()}
-        first = np.sort(np.unique([x.instruction for x in some], return_index=True)[1])
+        first = np.array([i for i, x in enumerate(some) if not i or x.instruction != some[i - 1].instruction])
         splits[name] = Split(some, tokens, is_output, identities, {
             "instruction": (first, sep[first]), "answer": (np.arange(len(some)), ans)})
     return vocabulary, splits
@@ -552,8 +555,8 @@ def make_dataset(cfg):
     inputs, n = [set(task.map) for task in tasks], cfg.n_asked
     most = max(map(len, inputs))
     if cfg.n_val > cfg.n_train or most > cfg.n_train * n:
-        raise ValueError(f"n_train is {cfg.n_train}: raise it to n_val ({cfg.n_val}) or more, and n_train times"
-                         f" n_asked to {most}, the inputs of a task")
+        raise ValueError(f"n_train is {cfg.n_train}: raise it to n_val ({cfg.n_val}) or more, and n_train * "
+                         f"n_asked to {most}, the inputs of a task")
     instances = {"train": [], "subset": [], "val": [], "ood": []}
     regexes = [(t, *regex) for t, task in enumerate(tasks) for regex in task.regexes().items()]
     for number, (t, place, pattern) in enumerate(regexes):

@@ -85,8 +85,10 @@ def train(cfg, resume=False, data=None):
     model = make_model(cfg, data).to(device)
     optimizers = make_optimizers(model, cfg)
     rank, world = start_processes()
+    if cfg.batch_size < world:
+        raise ValueError(f"{world} processes cannot share a batch of {cfg.batch_size}: start fewer")
     first, rows = load_checkpoint(out, model, data, optimizers) if resume else (0, [])
-    if first == 0 and cfg.start:
+    if cfg.start and not rows:
         init_from(cfg.start, model, data)
     if rank == 0 and not resume:
         create_run(cfg, data, world)
@@ -326,10 +328,13 @@ def load_checkpoint(run, model, data, optimizers=()):
     if capture.exists():
         then = read_arrays(capture, "subset/answer")["subset/answer"]
         now = observe(model, data.splits["subset"])[1]["answer"]
-        if then.shape != now.shape or np.abs(then - now).max() > 0.01 * np.abs(then).max():
+        if then.shape != now.shape or not np.abs(then - now).max() <= 0.01 * np.abs(then).max():
             raise ValueError(f"{run}: its weights no longer give the states in {capture.name}: model.py or "
                              "data.py has changed since; undo that or train again")
-    return step, [row for row in read_rows(Path(run, "metrics.jsonl")) if row["step"] <= step]
+    with reading(Path(run, "metrics.jsonl"), "it is damaged, train the run again"):
+        rows = [row for row in read_rows(Path(run, "metrics.jsonl")) if row["step"] <= step]
+        rows[-1]["seconds"] += 0
+    return step, rows
 
 
 def load_model(run, data, device):
