@@ -868,7 +868,8 @@ def test_slow_a_run_killed_at_twenty_moments_ends_in_the_same_bits(run, tmp_path
 def test_slow_ctrl_c_says_how_to_go_on_from_the_last_evaluation_and_exits_with_130(tmp_path):
     out = tmp_path / "my run; ls"
     command = [sys.executable, "-u", "train.py", *as_flags({**TINY, "steps": 2500, "n_captures": 40, "out": out})]
-    process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     for line in iter(process.stdout.readline, ""):              # so that training is under way
         if line.split()[0] == "59":
             break
