@@ -44,7 +44,7 @@ runs/%/patch.jsonl:
 seeds: .venv/draws  ## five seeds of the default run, for means and bands, into runs/results/default
 	$(call study,default,,--view raw centred)
 
-results: seeds   ## five seeds of all else in README's tables of results, in two hours
+results: seeds   ## five seeds of all else in results/README.md
 	$(call study,shuffled,--shuffle-tasks)
 	$(call study,answer,--loss-on answer)
 	$(call study,same-inputs,--n-inputs 5)
