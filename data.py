@@ -70,7 +70,8 @@ class Regex:
     def __init__(self, pattern, max_len=64):
         if not isinstance(pattern, str) or not isinstance(max_len, int) or max_len < 0:
             raise ValueError(f"{pattern!r:.60}, {max_len!r:.60}: needs a pattern and a length of at least 0")
-        self.pattern, self.max_len, self._work, self._known = pattern, max_len, 0, {}
+        self.pattern, self.max_len = pattern, max_len
+        self._work, self._known = 0, {}
         self._start, end = _parse(pattern, 0)
         if end < len(pattern):
             _fail(pattern, "unmatched )", end, "escape it, or open a group")
@@ -115,7 +116,8 @@ class Regex:
         """The i-th string, 0 <= i < count, in a fixed order. Raises ValueError for any other i."""
         if not (isinstance(i, int) and 0 <= i < self.count):
             raise ValueError(f"{self.pattern!r:.60} has no string numbered {i!r:.60}")
-        string, (ends, edges) = "", self._read(self._start)
+        string = ""
+        ends, edges = self._read(self._start)
         while i or not ends:
             i -= ends                           # the string that ends here came first
             ways = self._ways[len(string) + 1]
@@ -133,7 +135,8 @@ class Regex:
         if not 0 <= n <= (self.count if unique else n * self.count):
             raise ValueError(f"{n} strings were asked for; of at most {self.max_len} characters, "
                              f"{self.pattern!r:.60} has only {min(self.count, 10 ** 18)}")
-        moved, strings = {}, []                 # a Fisher-Yates shuffle that stores only what it has moved
+        strings = []
+        moved = {}                              # a Fisher-Yates shuffle that stores only what it has moved
         for i in range(n):
             j = rng.randrange(i if unique else 0, self.count)
             strings.append(self.unrank(moved.get(j, j)))
@@ -350,7 +353,8 @@ def random_maps(cfg, rng):
         raise ValueError(f"n_mappings ({k}) must be at most n_inputs and n_outputs; twins need even n_tasks")
     inputs = [chr(ord("A") + i % 26) * (1 + i // 26) for i in range(cfg.n_inputs)]      # A ... Z, AA, BB ...
     outputs = [str(i) for i in range(cfg.n_outputs)]
-    maps, sets, uses, taken, n_sets = [], [], Counter(), set(), math.comb(cfg.n_inputs, k)
+    n_sets = math.comb(cfg.n_inputs, k)
+    maps, sets, uses, taken = [], [], Counter(), set()
 
     def deal(words, attempt):       # the least used first; after many attempts, less evenly
         return sorted(words, key=lambda word: uses[word] + (1 + attempt // 500) * rng.random())[:k]
@@ -528,13 +532,15 @@ def encode(instances, cut_into):
             raise ValueError(f"{twin!r} and {x.instruction!r} are the same words: let no regex allow both")
         texts[x] = [*instruction, SEP, *x.input.split(), ANS, *x.output.split(), EOS]
     vocabulary = [*SPECIALS, *sorted(set().union(*texts.values()) - set(SPECIALS))]
-    number, width = {token: i for i, token in enumerate(vocabulary)}, max(map(len, texts.values()))
+    number = {token: i for i, token in enumerate(vocabulary)}
+    width = max(map(len, texts.values()))
     values = {key: sorted({identity(x) for x in texts}) for key, identity in IDENTITIES.items()}
     splits = {}
     for name, some in instances.items():
         rows = [[number[token] for token in texts[x]] for x in some]
         tokens = np.array([row + [0] * (width - len(row)) for row in rows])                 # 0 is <pad>
-        sep, ans = (tokens == number[SEP]).argmax(1), (tokens == number[ANS]).argmax(1)
+        sep = (tokens == number[SEP]).argmax(1)
+        ans = (tokens == number[ANS]).argmax(1)
         is_output = (np.arange(width) > ans[:, None]) & (tokens != 0)
         identities = {key: np.searchsorted(values[key], [identity(x) for x in some])
                       for key, identity in IDENTITIES.items()}
@@ -560,8 +566,10 @@ def make_dataset(cfg):
     instances = {"train": [], "subset": [], "val": [], "ood": []}
     regexes = [(t, *regex) for t, task in enumerate(tasks) for regex in task.regexes().items()]
     for number, (t, place, pattern) in enumerate(regexes):
-        rng, held_out = random.Random(f"{cfg.seed}/instructions/{number}"), place.endswith("held_out")
-        n_strings, decks = cfg.n_val if held_out else cfg.n_val + cfg.n_train, {}
+        rng = random.Random(f"{cfg.seed}/instructions/{number}")
+        held_out = place.endswith("held_out")
+        n_strings = cfg.n_val if held_out else cfg.n_val + cfg.n_train
+        decks = {}
         try:                                    # distinct strings, so none is in train and val
             strings = compile_regex(pattern, cfg.max_len).sample(n_strings, rng)
         except ValueError as e:

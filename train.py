@@ -74,9 +74,8 @@ CAPTURED = "subset", "val", "ood"       # the splits whose states are kept; of `
 def train(cfg, resume=False, data=None):
     """Train as cfg says, or go on with the run in cfg.out; return that folder, laid out as README.md tells.
 
-    `data`, if given, is a data.Dataset to teach in place of what cfg describes (splits train, subset, val and
-    ood, and any more); give it again to resume or read the run. Raises ValueError for impossible settings or
-    a folder in use (nothing is written then), and if the weights become nan.
+    `data`, a data.Dataset, is taught in place of what cfg describes; give it again to resume. Raises
+    ValueError for impossible settings or a folder in use, with nothing written, and if weights become nan.
     """
     cfg.check()
     out, device = Path(cfg.out), pick_device(cfg.device)
@@ -92,13 +91,11 @@ def train(cfg, resume=False, data=None):
         init_from(cfg.start, model, data)
     if rank == 0 and not resume:
         create_run(cfg, data, world)
-    split = data.splits["train"]
-    scored = split.is_output if cfg.loss_on == "answer" else split.tokens != 0
-    tokens = torch.from_numpy(split.tokens).to(device)                              # (N, T)
-    targets = torch.from_numpy(np.where(scored, split.tokens, -100)).to(device)     # -100: not scored
+    tokens, targets = make_targets(cfg, data.splits["train"], device)
     due = {*capture_steps(cfg), *range(0, cfg.steps, cfg.eval_every or cfg.steps)}
     due -= {row["step"] for row in rows}                # a resumed run has evaluated its first step
-    seconds, losses, clock = rows[-1]["seconds"] if rows else 0, [], time.perf_counter()
+    seconds = rows[-1]["seconds"] if rows else 0
+    losses, clock = [], time.perf_counter()
     for step in range(first, cfg.steps + 1):
         # every so often evaluate, capture and save; this does not count as training time
         if step in due and rank == 0:
@@ -150,6 +147,13 @@ def capture_steps(cfg):
 def make_generator(*key):
     """A torch.Generator for each purpose, e.g. (seed, "order", epoch): no draw depends on any other."""
     return torch.Generator().manual_seed(random.Random("/".join(map(str, key))).getrandbits(63))
+
+
+def make_targets(cfg, split, device):
+    """Tokens (N, T) of a split, and the same as targets: -100 where a token is not scored."""
+    tokens = torch.from_numpy(split.tokens).to(device)
+    scored = split.is_output if cfg.loss_on == "answer" else split.tokens != 0
+    return tokens, tokens.where(torch.from_numpy(scored).to(device), -100)
 
 
 def pick_batch(cfg, n, step):
@@ -260,7 +264,8 @@ def evaluate(model, data, cfg, step):
 
     Raises ValueError if the states are not finite.
     """
-    accuracies, states = {}, {}
+    accuracies = {}
+    states = {}
     for name, split in data.splits.items():
         if name == "train":
             continue
@@ -324,7 +329,8 @@ def load_checkpoint(run, model, data, optimizers=()):
         model.load_state_dict(saved["model"])
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
-        step, capture = saved["step"], capture_path(run, saved["step"])
+        step = saved["step"]
+        capture = capture_path(run, step)
     if capture.exists():
         then = read_arrays(capture, "subset/answer")["subset/answer"]
         now = observe(model, data.splits["subset"])[1]["answer"]
@@ -350,7 +356,8 @@ def init_from(run, model, data):
 
     Raises ValueError if that run cannot be read, or its blocks are not like the model's.
     """
-    cfg, other = read_config(run), read_data(run)
+    cfg = read_config(run)
+    other = read_data(run)
     if any(getattr(cfg, key) != getattr(model.cfg, key) for key in ("n_layer", "n_head", "n_embd")):
         raise ValueError(f"start: {run} has other blocks: give its n_layer, n_head and n_embd")
     old = load_model(run, other, next(model.parameters()).device).state_dict()
@@ -464,7 +471,8 @@ def main():
     flags.add_argument("--preset", choices=PRESETS, default="default", help="what the other flags start from")
     flags.add_argument("--resume", action="store_true", help="go on from the last evaluation of --out")
     given = vars(flags.parse_args())
-    preset, resume = PRESETS[given.pop("preset")], given.pop("resume")
+    preset = PRESETS[given.pop("preset")]
+    resume = given.pop("resume")
     out = given.setdefault("out", preset.get("out", Config.out))
     cfg = dataclasses.replace(read_config(out) if resume else Config(**preset), **given)
     try:
