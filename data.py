@@ -641,8 +641,9 @@ def main():
     task = data.tasks[0]
     print(f"\ntask {task.name} maps", ", ".join(map(" to ".join, task.map.items())))
     for place, pattern in task.regexes().items():
-        some = compile_regex(pattern, cfg.max_len).sample(3, random.Random(0))
-        print(f"  {place.split()[-1]:17}{pattern}   for example", ", ".join(some))
+        regex = compile_regex(pattern, cfg.max_len)
+        print(f"  {place.split()[-1]:17}{pattern}   {min(regex.count, 10 ** 18):,} strings, as",
+              ", ".join(regex.sample(3, random.Random(0), unique=False)))
     for name, split in data.splits.items():
         print(f"\n{name}")
         for row in random.Random(0).choices(range(len(split.tokens)), k=5):
