@@ -524,13 +524,15 @@ def encode(instances, cut_into):
 
     Raises ValueError if two instructions are the same tokens.
     """
-    texts, known = {}, {}
-    for x in set().union(*instances.values()):
-        instruction = cut(x.instruction, cut_into)
-        twin = known.setdefault(tuple(instruction), x.instruction)
-        if twin != x.instruction:
-            raise ValueError(f"{twin!r} and {x.instruction!r} are the same words: let no regex allow both")
-        texts[x] = [*instruction, SEP, *x.input.split(), ANS, *x.output.split(), EOS]
+    everything = set().union(*instances.values())
+    cuts, known = {}, {}
+    for string in sorted({x.instruction for x in everything}):
+        cuts[string] = cut(string, cut_into)
+        twin = known.setdefault(tuple(cuts[string]), string)
+        if twin != string:
+            raise ValueError(f"{twin!r} and {string!r} are the same words: let no regex allow both")
+    texts = {x: [*cuts[x.instruction], SEP, *x.input.split(), ANS, *x.output.split(), EOS]
+             for x in everything}
     vocabulary = [*SPECIALS, *sorted(set().union(*texts.values()) - set(SPECIALS))]
     number = {token: i for i, token in enumerate(vocabulary)}
     width = max(map(len, texts.values()))

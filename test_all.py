@@ -4,12 +4,10 @@
     .venv/bin/pytest -k "not slow" test_all.py
     .venv/bin/pytest -k regex test_all.py  the claims with that word in their name
 """
-import argparse
 import contextlib
 import copy
 import csv
 import dataclasses
-import functools
 import io
 import itertools
 import json
@@ -902,14 +900,12 @@ def test_stray_files_among_the_captures_are_ignored(run, tmp_path):
 
 @pytest.mark.parametrize("change", ["gelu", "average", "layer"])
 def test_weights_are_refused_when_model_py_has_changed(run, change, tmp_path, monkeypatch, capsys):
-    forward = model.MLP.forward if change == "gelu" else model.Attention.forward
     if change == "gelu":
         monkeypatch.setattr(model.MLP, "forward", lambda self, x: self.out(F.relu(self.up(x))))
     elif change == "average":
         monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, is_causal: v.cumsum(2) / torch.arange(
             1, v.shape[2] + 1)[:, None])
     else:
-        monkeypatch.setattr(model.GPT, "extra", None, raising=False)
         init = model.GPT.__init__
         monkeypatch.setattr(model.GPT, "__init__", lambda self, *args: (
             init(self, *args), setattr(self, "more", torch.nn.Linear(2, 2)))[0])

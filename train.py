@@ -337,9 +337,11 @@ def load_checkpoint(run, model, data, optimizers=()):
         if then.shape != now.shape or not np.abs(then - now).max() <= 0.01 * np.abs(then).max():
             raise ValueError(f"{run}: its weights no longer give the states in {capture.name}: model.py or "
                              "data.py has changed since; undo that or train again")
-    with reading(Path(run, "metrics.jsonl"), "it is damaged, train the run again"):
-        rows = [row for row in read_rows(Path(run, "metrics.jsonl")) if row["step"] <= step]
-        rows[-1]["seconds"] += 0
+    path = Path(run, "metrics.jsonl")
+    rows = read_rows(path)
+    with reading(path, "it is damaged, train the run again"):
+        rows = [row for row in rows if row["step"] <= step]
+        rows[-1]["seconds"] += 0                            # there is a last row, and it is a number
     return step, rows
 
 
