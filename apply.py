@@ -83,7 +83,7 @@ STRATEGIES = {      # what a network is taught before it is taught to answer; on
 }
 TUNED = dict(n_val=4, batch_size=96, lr=0.012, muon_lr=0.08)       # for every strategy; README tells how
 PRETRAIN = dict(TUNED, steps=160, n_captures=8)
-FINE_TUNE = dict(TUNED, steps=240, n_captures=1, eval_every=20)
+FINE_TUNE = dict(TUNED, steps=240, n_captures=16)
 TAUGHT = 20, 4      # training instructions a regex in fine-tuning: all, and a fifth; pre-training has all
 
 
@@ -286,9 +286,9 @@ def align(out: Path, seeds: list[int], small: dict) -> list[dict]:
     for seed in seeds:
         begun, steps = time.perf_counter(), 5 * small["steps"] if small else Config.steps
         cfg = Config(**{**BASE, **small, "steps": steps}, seed=seed, out=str(out / f"seed{seed}" / "base"))
-        case, device, k = make_case(cfg), pick_device(cfg.device), cfg.n_tasks
+        case, device, k = make_case(cfg), pick_device(), cfg.n_tasks
         splits = {name: case.data.splits[name] for name in ("train", "val", "ood")}
-        base, untrained = load_model(case.run, case.data, device), make_model(cfg, case.data).to(device)
+        base, untrained = load_model(case.run, case.data), make_model(cfg, case.data).to(device)
         features = {"guard_counts": {name: x[0] for name, x in surface(case.data, [*splits]).items()}}
         seen = {name: {split: observe(model, x) for split, x in splits.items()}
                 for name, model in {"guard_untrained": untrained, "guard": base}.items()}
@@ -315,7 +315,7 @@ def align(out: Path, seeds: list[int], small: dict) -> list[dict]:
                 data = refusing(case, chosen)
                 run = arm(Config(**taught, seed=seed, start=str(case.run),
                                  out=str(case.run.with_name(f"{name}-{b}"))), data)
-                model = load_model(run, data, device)
+                model = load_model(run, data)
                 right_now, states = observe(model, data.splits["val"])
                 refused = {split: observe(model, data.splits[f"{split}_refused"])[0] for split in nothing}
                 rows += outcome(case, right_now, refused, seed=seed, arm=name, b=b)

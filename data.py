@@ -23,6 +23,7 @@ from bisect import bisect_left
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import attrgetter
 from pathlib import Path
 from string import ascii_letters, ascii_lowercase, digits
 from typing import NamedTuple
@@ -38,7 +39,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 PRINTABLE = frozenset(map(chr, range(0x20, 0x7F)))
 SETS = {r"\d": frozenset(digits), r"\s": frozenset(" "), r"\w": frozenset(ascii_letters + digits + "_")}
 SETS |= {name.upper(): PRINTABLE - chars for name, chars in SETS.items()}
-QUANTIFIER = re.compile(r"[?*+]|\{[0-9]+(,[0-9]*)?\}")
+QUANTIFIER = re.compile(r"[?*+]|\{[0-9]+(,[0-9]*)?\}|")           # the last: there is none
 CLASS = re.compile(r"\[(\^?+)(\]?+(?:\\.|[^]\\])*)\]", re.DOTALL)     # a ] in front stands for itself
 MEMBER = re.compile(r"(\\?.)(?:-(\\?.))?", re.DOTALL)               # of a class: a character or a range
 BAD_ESCAPE = (      # what is refused: how it looks, what it is called, the way out
@@ -134,7 +135,8 @@ class Regex:
         """n strings, uniform over the language, distinct if unique. Raises ValueError if it has too few."""
         if not 0 <= n <= (self.count if unique else n * self.count):
             raise ValueError(f"{n} strings were asked for; of at most {self.max_len} characters, "
-                             f"{self.pattern!r:.60} has only {min(self.count, 10 ** 18)}")
+                             f"{self.pattern!r:.60} has only {min(self.count, 10 ** 18)}: widen it, ask for "
+                             "fewer, or for longer ones")
         strings = []
         moved = {}                              # a Fisher-Yates shuffle that stores only what it has moved
         for i in range(n):
@@ -163,8 +165,8 @@ def find_overlap(patterns, max_len):
     ValueError if that is too large to count.
     """
     def overlap(some):
-        union = Regex("|".join(some), max_len)
-        return union.count < sum(compile_regex(pattern, max_len).count for pattern in some)
+        total = sum(compile_regex(pattern, max_len).count for pattern in some)
+        return Regex("|".join(some), max_len).count < total
 
     if not overlap(patterns):
         return None
@@ -217,9 +219,7 @@ def _parse(pattern, i, depth=0):
         least, most, i = _repetition(pattern, i)
         if _may_end(inside):
             least = 0               # the same language, and whatever a repetition reads is not empty
-        if least == most == 1 and len(inside) == 1:
-            branches[-1] += [*inside][0]
-        elif most > 0 and inside != {()}:
+        if most > 0:
             branches[-1].append((inside, least, most))
     return frozenset(map(tuple, branches)), i
 
@@ -231,25 +231,19 @@ def _char_class(pattern, i):
         _fail(pattern, "unclosed [", i, "close it, or escape it")
     chars = set()
     for member in MEMBER.finditer(pattern, *found.span(2)):
-        low, high = member.groups()
-        _refuse(pattern, member.start(1), BAD_ESCAPE)
-        if high:
-            _refuse(pattern, member.start(2), BAD_ESCAPE)
-        if low in SETS and not high:
-            chars |= SETS[low]
-        elif low in SETS or high in SETS or (high or low)[-1] < low[-1]:
+        low, high = member[1], member[2] or member[1]
+        _refuse(pattern, member.start(), BAD_ESCAPE)
+        _refuse(pattern, member.end() - len(high), BAD_ESCAPE)
+        if member[2] and {low, high} & {*SETS} or high[-1] < low[-1]:
             _fail(pattern, f"bad range {member[0]}", member.start(), "it needs two characters, in order")
-        else:
-            chars.update(map(chr, range(ord(low[-1]), ord((high or low)[-1]) + 1)))
+        chars |= SETS.get(low) or {*map(chr, range(ord(low[-1]), ord(high[-1]) + 1))}
     return PRINTABLE - chars if found[1] else chars, found.end()
 
 
 def _repetition(pattern, i):
     """Least and most of the quantifier at position i, 1 and 1 if there is none, and where it ended."""
     found = QUANTIFIER.match(pattern, i)
-    if not found:
-        return 1, 1, i
-    text = {"?": "0,1", "*": "0,", "+": "1,"}.get(found[0], found[0][1:-1])
+    text = {"": "1", "?": "0,1", "*": "0,", "+": "1,"}.get(found[0], found[0][1:-1])
     least, comma, most = text.partition(",")
     least, most = float(least), float(most or ("inf" if comma else least))
     if most < least:
@@ -306,27 +300,22 @@ class DataConfig:
     def check(self):
         """Raises ValueError for a knob outside its range; an integer may be 0 if that is its default."""
         for field in dataclasses.fields(self):
-            name, value = field.name, getattr(self, field.name)
-            if type(value) not in ((int, float) if field.type is float else (field.type,)):
-                raise ValueError(f"{name} is {value!r:.60}, it must be of type {field.type.__name__}")
+            name, kind, value = field.name, field.type, getattr(self, field.name)
+            if type(value) is not kind and (kind, type(value)) != (float, int):
+                raise ValueError(f"{name} is {value!r:.60}, it must be of type {kind.__name__}")
             if value not in self.choices.get(name, [value]):
                 raise ValueError(f"{name} is {value!r}, choose from {', '.join(self.choices[name])}")
-            least, most = 1 if field.type is int and field.default else 0, 10 ** (18 if name == "seed" else 6)
-            if field.type in (int, float) and not least <= value <= most:
-                raise ValueError(f"{name} is {value}, it must be from {least} to {most}")
+            least = 1 if kind is int and field.default else 0
+            if kind in (int, float) and not least <= value <= 10 ** 6:
+                raise ValueError(f"{name} is {value}, it must be from {least} to a million")
 
 
 class Task(NamedTuple):
     """A function from inputs to outputs, the regexes that describe it, and one never trained on."""
     name: str
-    map: dict[str, str]
-    distributions: list[str]
+    map: dict               # input -> output
+    distributions: list     # regexes
     held_out: str
-
-    def regexes(self):
-        """Each regex by its place in a tasks file, the held-out one last."""
-        known = {f"task {self.name}, distributions[{m}]": regex for m, regex in enumerate(self.distributions)}
-        return {**known, f"task {self.name}, held_out": self.held_out}
 
 
 TWO_LETTERS = [a + b for a in ascii_lowercase for b in ascii_lowercase]
@@ -337,8 +326,9 @@ def random_pattern(rng):
 
     16 * 16 * 3 = 768 strings, all of 10 letters: the length gives nothing away.
     """
-    classes = ["[" + "".join(sorted(rng.sample(ascii_lowercase, 4))) + "]{2}" for _ in range(2)]
-    parts = [*rng.sample(TWO_LETTERS, 2), *classes, "(" + "|".join(rng.sample(TWO_LETTERS, 3)) + ")"]
+    classes = [f"[{''.join(sorted(rng.sample(ascii_lowercase, 4)))}]{{2}}" for _ in range(2)]
+    choice = f"({'|'.join(rng.sample(TWO_LETTERS, 3))})"
+    parts = [*rng.sample(TWO_LETTERS, 2), *classes, choice]
     return "".join(rng.sample(parts, len(parts)))
 
 
@@ -348,28 +338,30 @@ def random_maps(cfg, rng):
     Tasks have different sets of inputs if the pool has that many; with cfg.twins, tasks 0 and 1 share theirs,
     so do 2 and 3, and so on. Raises ValueError for impossible sizes, or where a word gives its task away.
     """
-    n, k, alike = cfg.n_tasks, cfg.n_mappings, 2 if cfg.twins else 1
-    if k > min(cfg.n_inputs, cfg.n_outputs) or n % alike:
-        raise ValueError(f"n_mappings ({k}) must be at most n_inputs and n_outputs; twins need even n_tasks")
+    k = cfg.n_mappings
+    if k > min(cfg.n_inputs, cfg.n_outputs):
+        raise ValueError(f"n_mappings is {k}: it must be at most n_inputs and n_outputs")
     inputs = [chr(ord("A") + i % 26) * (1 + i // 26) for i in range(cfg.n_inputs)]      # A ... Z, AA, BB ...
     outputs = [str(i) for i in range(cfg.n_outputs)]
-    n_sets = math.comb(cfg.n_inputs, k)
-    maps, sets, uses, taken = [], [], Counter(), set()
+    maps, sets, pairs, uses = [], set(), set(), Counter()
 
     def deal(words, attempt):       # the least used first; after many attempts, less evenly
         return sorted(words, key=lambda word: uses[word] + (1 + attempt // 500) * rng.random())[:k]
 
-    for t in range(n):
+    for t in range(cfg.n_tasks):
+        twin = cfg.twins and t % 2
+        if len(sets) == math.comb(cfg.n_inputs, k):
+            sets.clear()            # every set has been dealt: they start anew
         for attempt in range(10_000):
-            chosen = sets[-1] if t % alike else sorted(deal(inputs, attempt))
+            chosen = tuple(maps[-1] if twin else sorted(deal(inputs, attempt)))
             task = dict(zip(chosen, rng.sample(deal(outputs, attempt), k)))
-            if taken.isdisjoint(task.items()) and (t % alike or sets.count(chosen) <= len(sets) // n_sets):
+            if pairs.isdisjoint(task.items()) and (twin or chosen not in sets):
                 break
         else:
             raise ValueError(f"n_outputs is {cfg.n_outputs}, raise it: an input needs another in every task")
         maps.append(task)
-        sets += [chosen] if t % alike == 0 else []
-        taken.update(task.items())
+        sets.add(chosen)
+        pairs.update(task.items())
         uses.update([*task, *task.values()])
     if any(uses[word] < 2 for word in inputs + outputs):
         raise ValueError("some word would give its task away: lower n_inputs or n_outputs, or raise n_tasks")
@@ -378,86 +370,78 @@ def random_maps(cfg, rng):
 
 def random_tasks(cfg):
     """Tasks whose languages are all disjoint. Raises ValueError as `random_maps` does."""
-    rng, n = random.Random(f"{cfg.seed}/tasks"), cfg.n_distributions + 1
-    maps = random_maps(cfg, rng)
-    patterns = [random_pattern(rng) for _ in range(n * cfg.n_tasks)]
+    rng = random.Random(f"{cfg.seed}/tasks")
+    maps, tasks = random_maps(cfg, rng), []
+    patterns = [random_pattern(rng) for _ in range((cfg.n_distributions + 1) * cfg.n_tasks)]
     while overlap := find_overlap(patterns, cfg.max_len):
         patterns[overlap[1]] = random_pattern(rng)
-    return [Task(f"t{t:02d}", maps[t], patterns[n * t + 1:n * (t + 1)], patterns[n * t])
-            for t in range(cfg.n_tasks)]
+    for t, task_map in enumerate(maps):
+        held_out, *distributions = patterns[t::cfg.n_tasks]
+        tasks.append(Task(f"t{t:02d}", task_map, distributions, held_out))
+    return tasks
 
 
 def write(path, content):
-    """Write a file aside and rename it: whoever looks finds the old file or the new one, whole."""
+    """Write a text aside and rename it: whoever looks finds the old file or the new one, whole."""
     aside = Path(f"{path}.tmp")
-    aside.write_bytes(content if isinstance(content, bytes) else content.encode())
+    aside.write_text(content, encoding="utf-8")
     os.replace(aside, path)
 
 
 def write_tasks(path, cut_into, tasks):
     """Write a tasks file; instructions are cut into "characters" or "words"."""
     spec = {"tokens": cut_into, "tasks": [task._asdict() for task in tasks]}
-    write(path, json.dumps(spec, indent=1, ensure_ascii=False) + "\n")
+    write(path, json.dumps(spec, indent=1, ensure_ascii=False))
 
 
 def read_tasks(path, max_len):
-    """Read a tasks file. Raises ValueError naming task, key and fault, OSError if it cannot be read.
+    """Read a tasks file. Raises ValueError naming task and fault, OSError if it cannot be read.
 
     Inputs and outputs are brought to the form that the network reads: words with single spaces between them.
     """
-    def check(right, where, rule):
+    def check(right, rule):
         if not right:
             raise ValueError(f"{path}, {where}: {rule}")
 
     def unique(pairs):              # json would keep the last value of a key that is there twice
-        for key, times in Counter(key for key, _ in pairs).items():
-            if times > 1:
-                raise ValueError(f"key {key!r:.60} is there twice")
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError(f"a key is there twice: {[key for key, _ in pairs]}")
         return dict(pairs)
 
     try:
         spec = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
-        json.dumps(spec, ensure_ascii=False).encode()           # a lone surrogate is no text
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path} is not a tasks file: {e}") from None
-    spec = spec if isinstance(spec, dict) else {}
-    check(spec.get("tokens") in ("characters", "words"), "tokens", 'must be "characters" or "words"')
-    check(isinstance(spec.get("tasks"), list) and spec["tasks"], "tasks", "must be a list of tasks")
-    tasks, regexes = {}, {}
+    where, tasks = "the whole", {}
+    check(isinstance(spec, dict) and spec.get("tokens") in ("characters", "words")
+          and isinstance(spec.get("tasks"), list) and spec["tasks"],
+          'needs "tokens", "characters" or "words", and "tasks", a list')
     for number, entry in enumerate(spec["tasks"]):
-        entry = entry if isinstance(entry, dict) else {}
-        where = f"task {entry.get('name') or number}, "
+        where = f"task {number}"
         for key, kind in zip(Task._fields, (str, dict, list, str)):
-            check(isinstance(entry.get(key), kind) and entry[key], where + key,
-                  f"is missing, empty or not a {kind.__name__}")
-        task = Task(entry["name"], {}, entry["distributions"], entry["held_out"])
-        check(task.name not in tasks, where + "name", "is another task's, too")
-        tasks[task.name] = task
-        for pair in entry["map"].items():
-            word, output = (" ".join(words(text)) if isinstance(text, str) else "" for text in pair)
-            check(word and output, f"{where}map, {pair[0]!r:.60}",
-                  "needs one output, and both must be text that is not blank")
-            check(word not in task.map, f"{where}map, {word!r:.60}", "is the same words as another input")
-            task.map[word] = output
-        for place, pattern in task.regexes().items():
-            try:
-                regexes[place] = compile_regex(pattern, max_len).pattern
-            except (ValueError, TypeError) as e:        # a TypeError if it is a list or an object, no text
-                check(False, place, e)
-    overlap = find_overlap([*regexes.values()], max_len)
+            check(isinstance(entry, dict) and isinstance(entry.get(key), kind) and entry[key],
+                  f"{key} is missing, empty or no {kind.__name__}")
+        name, task_map, distributions, held_out = (entry[key] for key in Task._fields)
+        where = f"task {name}"
+        check(name not in tasks, "another task has this name, too")
+        texts = [*task_map.values(), *distributions]
+        check(all(isinstance(text, str) for text in texts), "every output and every regex must be text")
+        pairs = [[" ".join(words(text)) for text in pair] for pair in task_map.items()]
+        check(all(map(all, pairs)), "an input or output is blank")
+        check(len(dict(pairs)) == len(pairs), "two inputs are the same words")
+        tasks[name] = Task(name, dict(pairs), distributions, held_out)
+    patterns = [p for task in tasks.values() for p in [*task.distributions, task.held_out]]
+    overlap = find_overlap(patterns, max_len)
     if overlap:
-        one, other = (list(regexes)[i] for i in overlap)
-        check(False, other, f"{regexes[other]!r} has strings in common with {one}: make them disjoint")
+        one, other = (patterns[i] for i in overlap)
+        raise ValueError(f"{path}: {one!r} and {other!r} have strings in common, make them disjoint")
     return spec["tokens"], [*tasks.values()]
 
 
 # ---------------------------------------------------------------- splits and tokens
 
 PAD, SEP, ANS, EOS = SPECIALS = "<pad>", "<sep>", "<ans>", "<eos>"      # <pad> is token 0
-# Signs that belong to the letter before them and have no Unicode form with it, as in Hindi or Thai.
-MARKS = "\u200c\u200d" + "".join(
-    c for c in map(chr, range(0x300, 0x1F000)) if unicodedata.category(c).startswith("M"))
-WORD = re.compile(rf"\w[\w{MARKS}]*(?:['’-]\w[\w{MARKS}]*)*|[^\w\s][{MARKS}]*")
+WORD = re.compile(r"""[.,;:!?()"…]|[^\s.,;:!?()"…]+""")
 
 
 def words(text):
@@ -467,8 +451,9 @@ def words(text):
 
 def cut(instruction, cut_into):
     """The tokens of an instruction, which is cut into "characters" or "words"."""
-    text = unicodedata.normalize("NFC", instruction)
-    return list(text) if cut_into == "characters" else words(text.lower())
+    if cut_into == "words":
+        return words(instruction.lower())
+    return list(unicodedata.normalize("NFC", instruction))
 
 
 class Instance(NamedTuple):
@@ -481,29 +466,24 @@ class Instance(NamedTuple):
     input_set: int          # the first task with the same set of inputs
 
 
-IDENTITIES = {      # what an instance can be grouped by; one more line adds one
-    "task": lambda x: x.task,
-    "distribution": lambda x: x.distribution,
-    "input": lambda x: x.input,
-    "output": lambda x: x.output,
-    "input_set": lambda x: x.input_set,
-}
+# What an instance can be grouped by. One more line adds an identity: IDENTITIES["name"] = a function of x.
+IDENTITIES = {key: attrgetter(key) for key in ("task", "distribution", "input", "output", "input_set")}
 
 
 class Split(NamedTuple):
     """N instances, instruction by instruction, as rows of T tokens, padded on the right."""
-    instances: list[Instance]
-    tokens: np.ndarray                      # (N, T) int64
-    is_output: np.ndarray                   # (N, T) bool: the tokens of the output and its <eos>
-    identities: dict[str, np.ndarray]       # name -> (N,) int64
-    positions: dict[str, tuple]             # name -> rows and columns of `tokens` where a state is read
+    instances: list
+    tokens: np.ndarray          # (N, T) int64
+    is_output: np.ndarray       # (N, T) bool: the tokens of the output and its <eos>
+    identities: dict            # name -> (N,) numbers or text
+    positions: dict             # name -> rows and columns of `tokens` where a state is read
 
     def state_of(self, position):
         """(N,): for each instance, the row of its state among those read at a position."""
         return np.searchsorted(self.positions[position][0], np.arange(len(self.tokens)), side="right") - 1
 
     def labels(self, position):
-        """name -> (n,) int64, a label for each state read at a position.
+        """name -> (n,) numbers or text, a label for each state read at a position.
 
         A state that several instances share, as at `instruction`, has only the identities they agree on.
         """
@@ -513,10 +493,10 @@ class Split(NamedTuple):
 
 class Dataset(NamedTuple):
     """What a run is about; token i reads vocabulary[i]."""
-    cut_into: str                           # "characters" or "words": the tokens of instructions
-    tasks: list[Task]
-    vocabulary: list[str]
-    splits: dict[str, Split]                # train, subset, val, ood, and pairs if a task is large
+    cut_into: str               # "characters" or "words": the tokens of instructions
+    tasks: list
+    vocabulary: list
+    splits: dict                # name -> Split: train, subset, val, ood, and pairs if a task is large
 
 
 def encode(instances, cut_into):
@@ -536,7 +516,6 @@ def encode(instances, cut_into):
     vocabulary = [*SPECIALS, *sorted(set().union(*texts.values()) - set(SPECIALS))]
     number = {token: i for i, token in enumerate(vocabulary)}
     width = max(map(len, texts.values()))
-    values = {key: sorted({identity(x) for x in texts}) for key, identity in IDENTITIES.items()}
     splits = {}
     for name, some in instances.items():
         rows = [[number[token] for token in texts[x]] for x in some]
@@ -544,9 +523,8 @@ def encode(instances, cut_into):
         sep = (tokens == number[SEP]).argmax(1)
         ans = (tokens == number[ANS]).argmax(1)
         is_output = (np.arange(width) > ans[:, None]) & (tokens != 0)
-        identities = {key: np.searchsorted(values[key], [identity(x) for x in some])
-                      for key, identity in IDENTITIES.items()}
-        first = np.array([i for i, x in enumerate(some) if not i or x.instruction != some[i - 1].instruction])
+        identities = {key: np.array([identity(x) for x in some]) for key, identity in IDENTITIES.items()}
+        first = np.sort(np.unique([x.instruction for x in some], return_index=True)[1])
         splits[name] = Split(some, tokens, is_output, identities, {
             "instruction": (first, sep[first]), "answer": (np.arange(len(some)), ans)})
     return vocabulary, splits
@@ -560,40 +538,32 @@ def make_dataset(cfg):
     """
     cfg.check()
     cut_into, tasks = read_tasks(cfg.tasks, cfg.max_len) if cfg.tasks else ("characters", random_tasks(cfg))
-    inputs, n = [set(task.map) for task in tasks], cfg.n_asked
-    most = max(map(len, inputs))
+    sets, n = [{*task.map} for task in tasks], cfg.n_asked
+    input_sets = [sets.index(some) for some in sets]
+    most = max(map(len, sets))
     if cfg.n_val > cfg.n_train or most > cfg.n_train * n:
         raise ValueError(f"n_train is {cfg.n_train}: raise it to n_val ({cfg.n_val}) or more, and n_train * "
                          f"n_asked to {most}, the inputs of a task")
-    instances = {"train": [], "subset": [], "val": [], "ood": []}
-    regexes = [(t, *regex) for t, task in enumerate(tasks) for regex in task.regexes().items()]
-    for number, (t, place, pattern) in enumerate(regexes):
+    instances = defaultdict(list)
+    regexes = [(t, p) for t, task in enumerate(tasks) for p in [*task.distributions, task.held_out]]
+    for number, (t, pattern) in enumerate(regexes):
         rng = random.Random(f"{cfg.seed}/instructions/{number}")
-        held_out = place.endswith("held_out")
-        n_strings = cfg.n_val if held_out else cfg.n_val + cfg.n_train
-        decks = {}
-        try:                                    # distinct strings, so none is in train and val
-            strings = compile_regex(pattern, cfg.max_len).sample(n_strings, rng)
-        except ValueError as e:
-            raise ValueError(f"{place}: {e}; widen it, lower n_train or n_val, or raise max_len") from None
-        for i, string in enumerate(strings):
+        held_out = pattern == tasks[t].held_out
+        n_strings = cfg.n_val if held_out else cfg.n_train + cfg.n_val
+        for i, string in enumerate(compile_regex(pattern, cfg.max_len).sample(n_strings, rng)):
             told = rng.randrange(len(tasks)) if cfg.shuffle_tasks else t
-            if told not in decks:               # a task's inputs, those whose turn it is in front
-                pairs = [("", "")] if cfg.asks_for == "nothing" else list(tasks[told].map.items())
-                decks[told] = rng.sample(pairs, len(pairs))
-            asked, others = decks[told][:n], decks[told][n:2 * n]
-            decks[told] = decks[told][n:] + asked
-            parts = {"train": asked} if i >= cfg.n_val else {}
-            if t < cfg.n_probed and i < cfg.n_val:
-                parts = {"ood" if held_out else "val": asked}
-            elif t < cfg.n_probed and i < 2 * cfg.n_val:
-                parts = {"train": asked, "subset": asked, "pairs": others}
-            for name, pairs in parts.items():
-                for word, output in pairs:
-                    x = Instance(string, word, output, told, number, inputs.index(inputs[told]))
-                    if cfg.asks_for in ("task", "distribution"):
-                        x = x._replace(output=f"{cfg.asks_for}{getattr(x, cfg.asks_for)}")
-                    instances.setdefault(name, []).append(x)
+            pairs = [("", "")] if cfg.asks_for == "nothing" else [*tasks[told].map.items()]
+            random.Random(f"{cfg.seed}/turns/{number}/{told}").shuffle(pairs)
+            turn = i * n % len(pairs)
+            pairs = pairs[turn:] + pairs[:turn]             # those whose turn it is are in front
+            parts = {"ood" if held_out else "train" if i < cfg.n_train else "val": pairs[:n]}
+            if "train" in parts and i < cfg.n_val:
+                parts |= {"subset": pairs[:n], "pairs": pairs[n:2 * n]}
+            for name, asked in parts.items():
+                for word, output in asked if name == "train" or t < cfg.n_probed else []:
+                    answers = {"task": f"task{told}", "distribution": f"distribution{number}"}
+                    output = answers.get(cfg.asks_for, output)
+                    instances[name].append(Instance(string, word, output, told, number, input_sets[told]))
     return Dataset(cut_into, tasks, *encode(instances, cut_into))
 
 
@@ -609,8 +579,8 @@ class Flags(argparse.ArgumentParser):
         for name, why in re.findall(r"(\w+): \w+ = .*?# (.*)", source):
             default = getattr(config, name)
             takes = {"action": "store_true"} if default is False else {"type": type(default)}
-            self.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **takes,
-                              help=f"{why} (default: {default!r})")
+            self.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS,
+                              help=f"{why} (default: {default!r})", **takes)
 
     def error(self, message):
         raise ValueError(f"{message}; --help lists the flags")
@@ -618,8 +588,6 @@ class Flags(argparse.ArgumentParser):
 
 def command_line(main):
     """Run main(). Bad input becomes one line, `error: what to do`, on stderr and exit status 2."""
-    if hasattr(sys.stdout, "reconfigure"):      # not where stdout is closed, or a notebook's
-        sys.stdout.reconfigure(errors="replace")
     try:
         main()
     except BrokenPipeError:                     # whoever read our output, say `head`, has seen enough
@@ -627,8 +595,7 @@ def command_line(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError) as e:
-        what = f"{e.filename}: {e.strerror}, check the path" if isinstance(e, OSError) and e.filename else e
-        print("error:", " ".join(str(what).split()), file=sys.stderr)
+        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -636,21 +603,24 @@ def main():
     """Print a data set on a page."""
     cfg = DataConfig(**vars(Flags(DataConfig, description=main.__doc__).parse_args()))
     data = make_dataset(cfg)
-    print(len(data.tasks), "tasks,", len(data.vocabulary), "tokens; instructions are cut into", data.cut_into,
-          "\n\nsplit   instructions  instances")
+    print(f"{len(data.tasks)} tasks, {len(data.vocabulary)} tokens, sequences of at most "
+          f"{data.splits['train'].tokens.shape[1]}; instructions are cut into {data.cut_into}\n\n"
+          "split   instructions  instances  tasks  regexes")
     for name, split in data.splits.items():
-        print(f"{name:6}{len(split.positions['instruction'][0]):14,}{len(split.instances):11,}")
+        print(f"{name:6}{len(split.positions['instruction'][0]):14,}{len(split.instances):11,}"
+              f"{len(set(split.identities['task'])):7,}{len(set(split.identities['distribution'])):9,}")
     task = data.tasks[0]
-    print(f"\ntask {task.name} maps", ", ".join(map(" to ".join, task.map.items())))
-    for place, pattern in task.regexes().items():
+    print(f"\ntask {task.name} maps {', '.join(map(' to '.join, task.map.items()))}")
+    for pattern in [*task.distributions, task.held_out]:
         regex = compile_regex(pattern, cfg.max_len)
-        print(f"  {place.split()[-1]:17}{pattern}   {min(regex.count, 10 ** 18):,} strings, as",
-              ", ".join(regex.sample(3, random.Random(0), unique=False)))
+        some = regex.sample(3, random.Random(0), unique=False)
+        print(f"  {'held out' if pattern == task.held_out else 'regex'}  {pattern}   "
+              f"{min(regex.count, 10 ** 18):,} strings, as {', '.join(some)}")
     for name, split in data.splits.items():
         print(f"\n{name}")
-        for row in random.Random(0).choices(range(len(split.tokens)), k=5):
-            text = " ".join(data.vocabulary[i] for i in split.tokens[row] if i)     # 0 is <pad>
-            print(f"  {text}   (task {data.tasks[split.instances[row].task].name})")
+        for x in random.Random(0).choices(split.instances, k=5):
+            instruction, name = " ".join(cut(x.instruction, data.cut_into)), data.tasks[x.task].name
+            print(f"  {instruction} {SEP} {x.input} {ANS} {x.output} {EOS}   (task {name})")
 
 
 if __name__ == "__main__":

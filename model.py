@@ -6,8 +6,8 @@
 stream is what this project studies. Layer 0 is the embedding output, layer l the stream after block l; none
 is normalised, the final norm comes after the last layer, on the way to the head.
 
-As in GPT-2: normalisation before each sublayer, learned positions, GELU (tanh form), a head tied to the
-embedding. Departure: no dropout, on which the paper is silent.
+As in GPT-2: normalisation before each sublayer, learned positions, GELU, a head tied to the embedding.
+Departures: linear maps have no biases, which is faster, and there is no dropout; the paper is silent on both.
 
 Shapes, here and in the other files: B batch, T positions, C width, H heads, L blocks, V vocabulary.
 """
@@ -39,8 +39,8 @@ class Attention(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.n_head = cfg.n_head
-        self.qkv = nn.Linear(cfg.n_embd, 3 * cfg.n_embd)
-        self.out = nn.Linear(cfg.n_embd, cfg.n_embd)
+        self.qkv = nn.Linear(cfg.n_embd, 3 * cfg.n_embd, bias=False)
+        self.out = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
 
     def forward(self, x):
         B, T, C = x.shape
@@ -56,11 +56,11 @@ class MLP(nn.Module):
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.up = nn.Linear(cfg.n_embd, 4 * cfg.n_embd)
-        self.out = nn.Linear(4 * cfg.n_embd, cfg.n_embd)
+        self.up = nn.Linear(cfg.n_embd, 4 * cfg.n_embd, bias=False)
+        self.out = nn.Linear(4 * cfg.n_embd, cfg.n_embd, bias=False)
 
     def forward(self, x):
-        return self.out(F.gelu(self.up(x), approximate="tanh"))
+        return self.out(F.gelu(self.up(x)))
 
 
 class Block(nn.Module):
@@ -83,7 +83,7 @@ class GPT(nn.Module):
     |-----------------------------------------------|----------------------------|
     | embeddings and linear maps                    | N(0, 0.02)                 |
     | the maps back into the stream (`out.weight`)  | N(0, 0.02 / sqrt(2 L))     |
-    | biases, norms                                 | 0, and gain 1              |
+    | norms                                         | bias 0, gain 1             |
     """
 
     def __init__(self, cfg: ModelConfig, generator: torch.Generator | None = None):

@@ -29,8 +29,8 @@ except ImportError:                 # main says so
 
 from apply import MEASURED
 from data import Flags, Regex, command_line, write
-from probe import LOWER, emergence, read_states
-from train import Config, kept_steps, read_config, read_data, read_rows
+from probe import LOWER, emergence, kept_steps, read_states
+from train import Config, read_config, read_data, read_rows
 
 STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
          "legend.frameon": False, "svg.hashsalt": "0", "svg.fonttype": "none", "savefig.dpi": 130,

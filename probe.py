@@ -28,7 +28,7 @@ import numpy as np
 import torch                # after data, which sets how torch's threads wait
 import torch.nn.functional as F
 
-from train import (CAPTURED, capture_path, kept_steps, make_generator, observe, pick_device, read_arrays,
+from train import (CAPTURED, capture_path, make_generator, observe, pick_device, read_arrays,
                    read_config, read_data, load_model, read_rows, write_rows)
 
 # ---------------------------------------------------------------- k-means
@@ -54,7 +54,7 @@ def kmeans(x, k: int, n_init: int = 8, max_iter: int = 100, seed: int = 0):
     *batch, n, width = x.shape
     if not 1 <= k <= n:
         raise ValueError(f"k is {k}, it must be from 1 to the number of points, {n}")
-    draws = torch.rand(n_init, k, 2 + int(math.log(k)), generator=make_generator(seed, "kmeans")).to(x.device)
+    draws = torch.rand(n_init, k, 2 + int(math.log(k)), generator=make_generator(f"{seed}/kmeans")).to(x.device)
     parts = []
     for some in x.reshape(-1, n, width).split(max(1, GROUP[x.device.type] // (n * draws[:, 0].numel()))):
         mean = some.mean(1, keepdim=True, dtype=torch.float64).float()  # near the origin digits last longer
@@ -430,12 +430,22 @@ N_NULL = 20             # permutations of the labels behind every null
 NEIGHBOURS = 10         # states of subset that each state of val and ood is compared with
 LOWER = "nc1", "merge_ratio"    # the less, the more clustered: these pass their null_95 from above
 
+def numbered(labels):
+    """Labels of any type as 0, 1, 2 and so on."""
+    return np.unique(labels, return_inverse=True)[1]
+
+
 VIEWS = {       # what is done to the states (..., n, C) of a split, whose identities are `ids`, at first
     "raw": lambda x, ids: x,
-    "centred": lambda x, ids: x - means(x, ids["input"])[..., ids["input"], :],
+    "centred": lambda x, ids: x - means(x, numbered(ids["input"]))[..., numbered(ids["input"]), :],
     "standardised": lambda x, ids: (
         x - x.mean(-2, keepdim=True)) / x.std(-2, correction=0, keepdim=True).clamp(min=1e-6),
 }
+
+
+def kept_steps(run):
+    """The steps whose captures are there; other files, as editors leave them, do not count."""
+    return sorted(int(path.stem) for path in Path(run).glob("states/*.npz") if path.stem.isdecimal())
 
 
 def read_states(run: str | Path, steps: list[int], split: str, position: str, n: int) -> torch.Tensor:
@@ -443,7 +453,7 @@ def read_states(run: str | Path, steps: list[int], split: str, position: str, n:
     name, states = f"{split}/{position}", []
     for step in steps:
         path = capture_path(run, step)
-        states.append(read_arrays(path, name)[name])
+        states.append(read_arrays(path)[name])
         if states[-1].shape[1:2] != (n,) or states[-1].shape != states[0].shape:
             raise ValueError(f"{path} and {run}/states/labels.npz do not fit together: train the run again")
         if not np.isfinite(states[-1]).all():
@@ -509,7 +519,7 @@ def rows_of(score, labels, regex, seed: int, steps: list[int], **where) -> list[
     and the regexes are dealt to the tasks at random.
     """
     def shuffled(array):
-        generators = (make_generator(seed, "null", i) for i in range(N_NULL))
+        generators = (make_generator(f"{seed}/null/{i}") for i in range(N_NULL))
         return (array[torch.randperm(len(array), generator=g).numpy()] for g in generators)
 
     values, low = score(labels), where["measure"] in LOWER
@@ -702,8 +712,8 @@ def patch(run: str | Path) -> list[dict]:
     """
     cfg, data = read_config(run), read_data(run)
     device = pick_device()          # wherever it was trained
-    model = load_model(run, data, device)
-    val, subset, generator = data.splits["val"], data.splits["subset"], make_generator(cfg.seed, "patch")
+    model = load_model(run, data)
+    val, subset, generator = data.splits["val"], data.splits["subset"], make_generator(f"{cfg.seed}/patch")
     read = {position: columns[val.state_of(position)] for position, (_, columns) in val.positions.items()}
     donor = donors(val, read, {x.task for x in subset.instances}, cfg.seed)     # centroids are of subset
     if (donor < 0).all():

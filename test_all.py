@@ -45,7 +45,7 @@ HERE = Path(__file__).parent
 settings.register_profile("all", deadline=None, derandomize=True)
 settings.load_profile("all")
 SMALL = dict(n_tasks=4, n_distributions=2, n_mappings=3, n_inputs=5, n_outputs=6, n_train=12, n_val=6)
-TINY = dict(SMALL, n_layer=2, n_head=2, n_embd=16, steps=24, batch_size=64, n_captures=6, device="cpu")
+TINY = dict(SMALL, n_layer=2, n_head=2, n_embd=16, steps=24, batch_size=64, n_captures=6)
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 drawn = pytest.mark.skipif(plot.plt is None, reason="needs matplotlib, which make figures installs")
 
@@ -538,7 +538,7 @@ def test_model_equals_a_naive_transformer(gpt):
         return x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * w[name + ".weight"] + w[name + ".bias"]
 
     def linear(x, name):
-        return x @ w[name + ".weight"].T + w[name + ".bias"]
+        return x @ w[name + ".weight"].T
 
     logits, states = gpt(IDX)
     for b in range(3):
@@ -554,7 +554,7 @@ def test_model_equals_a_naive_transformer(gpt):
                     y[t, head] = sum(weight[s] / weight.sum() * v[s, head] for s in range(t + 1))
             x = x + linear(y, f"blocks.{layer}.attention.out")
             h = linear(norm(x, f"blocks.{layer}.norm_mlp"), f"blocks.{layer}.mlp.up")
-            h = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h ** 3)))
+            h = 0.5 * h * (1 + torch.erf(h / math.sqrt(2)))
             x = x + linear(h, f"blocks.{layer}.mlp.out")
             assert torch.allclose(x.float(), states[layer + 1][b], atol=1e-4)
         assert torch.allclose((norm(x, "norm") @ w["token.weight"].T).float(), logits[b], atol=1e-4)
@@ -626,7 +626,7 @@ def test_run_folder_is_laid_out_as_promised(run):
     for name in "config.json", "tasks.json", "metrics.jsonl", "ckpt.pt", "states/labels.npz":
         assert (run / name).exists()
     assert set(rows[0]) == {"step", "loss", "acc_subset", "acc_val", "acc_ood", "seconds"}
-    assert set(cfg["versions"]) == {"torch", "numpy", "processes"}
+    assert set(cfg["versions"]) == {"torch", "numpy", "device"}
     steps = train.capture_steps(train.read_config(run))
     assert [row["step"] for row in rows] == steps
     assert {f"{step:06d}" for step in steps} | {"labels"} == {p.stem for p in (run / "states").iterdir()}
@@ -673,7 +673,7 @@ def test_task_accuracy_is_greedy_decoding(run, tmp_path):
             while d.vocabulary[text[-1]] != "<eos>" and len(text) < len(row):
                 text.append(net(torch.tensor([text]))[0][0, -1].argmax().item())
             right += [d.vocabulary[t] for t in text[-2:]] == [x.output, "<eos>"]
-        assert train.observe(net, split, batch=50)[0].sum() == right
+        assert train.observe(net, split)[0].sum() == right
 
 
 def stopped_at(n, cfg, **given):
@@ -694,8 +694,8 @@ def test_muon_does_what_torchs_does_and_makes_updates_orthogonal():
     shapes, generator = [(24, 8), (8, 8), (8, 24), (24, 8), (8, 24)], torch.Generator().manual_seed(0)
     ours = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
-    alike = [[p for p in ours if p.shape == shape] for shape in dict.fromkeys(shapes)]
-    muon, reference = train.Muon(alike, 0.3), torch.optim.Muon(theirs, 0.0, weight_decay=0.3)
+    alike = [{"params": [p for p in ours if p.shape == shape]} for shape in dict.fromkeys(shapes)]
+    muon, reference = train.Muon(alike, {"weight_decay": 0.3}), torch.optim.Muon(theirs, 0.0, weight_decay=0.3)
     for lr in 0.1, 0.2, 0.05, 0.0:
         before = [p.detach().clone() for p in ours]
         for p, q in zip(ours, theirs):
@@ -714,18 +714,18 @@ def test_muon_does_what_torchs_does_and_makes_updates_orthogonal():
 
 @pytest.mark.parametrize("loss_on", ["all", "answer"])
 def test_training_is_what_a_plain_loop_does_one_instance_at_a_time(loss_on, tmp_path):
-    cfg = train.Config(**{**TINY, "steps": 10}, eval_every=1, optimizer="adamw", loss_on=loss_on,
-                       out=str(tmp_path / "run"))
+    cfg = train.Config(**{**TINY, "steps": 10, "n_captures": 1000}, optimizer="adamw",
+                       loss_on=loss_on, out=str(tmp_path / "run"))
     out = train.train(cfg)
     d = make_dataset(cfg)
     plain = train.make_model(cfg, d)
     instances = [row[row != 0].tolist() for row in d.splits["train"].tokens]
     optimizer = torch.optim.AdamW(plain.parameters(), betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
     per_epoch, order = len(instances) // 64, []
-    for step, row in enumerate(lines(out / "metrics.jsonl")[1:]):
+    for step, row in enumerate(lines(out / "metrics.jsonl")[:-1]):
         epoch, i = divmod(step, per_epoch)
         if i == 0:
-            order = torch.randperm(len(instances), generator=train.make_generator(0, "order", epoch)).tolist()
+            order = torch.randperm(len(instances), generator=train.make_generator(f"0/order/{epoch}")).tolist()
         losses = []
         for n in order[64 * i:64 * (i + 1)]:
             ids = torch.tensor([instances[n]])
@@ -737,13 +737,13 @@ def test_training_is_what_a_plain_loop_does_one_instance_at_a_time(loss_on, tmp_
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        assert row["step"] == step + 1 and row["loss"] == pytest.approx(loss.item(), abs=1e-5)
+        assert row["step"] == step and row["loss"] == pytest.approx(loss.item(), abs=1e-4)
     trained = torch.load(out / "ckpt.pt", weights_only=True)["model"]
     assert all(torch.allclose(p, trained[name], atol=1e-4) for name, p in plain.named_parameters())
 
 
 def test_slow_two_processes_learn_what_one_does_and_one_writes(tmp_path):
-    changes = {**TINY, "optimizer": "adamw", "batch_size": 63, "eval_every": 4}     # two halves of 63 differ
+    changes = {**TINY, "optimizer": "adamw", "batch_size": 63}     # two halves of 63 differ
 
     def by_two(out, *flags):
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -760,32 +760,42 @@ def test_slow_two_processes_learn_what_one_does_and_one_writes(tmp_path):
     for run in tmp_path / "two", tmp_path / "both":
         weights2, rows2, states2 = outcome(run)
         assert [row["step"] for row in rows] == [row["step"] for row in rows2] and [*states] == [*states2]
-        assert np.allclose([row["loss"] for row in rows[1:]], [row["loss"] for row in rows2[1:]], atol=1e-4)
+        assert np.allclose([row["loss"] for row in rows], [row["loss"] for row in rows2], atol=2e-4)
         assert all(torch.allclose(weights[key], weights2[key], atol=1e-3) for key in weights)
+
+
+@contextlib.contextmanager
+def on_cpu():
+    """As on a machine without a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
 
 
 @cuda
 def test_cuda_captures_agree_with_those_of_cpu(run):
     d, net = load_model(run)
     for name in train.CAPTURED:
-        right, states = train.observe(net.to("cpu"), d.splits[name])
+        with on_cpu():
+            right, states = train.observe(net.to("cpu"), d.splits[name])
         right2, states2 = train.observe(net.to("cuda"), d.splits[name])
         assert (right != right2).mean() < 0.01
         assert all(np.allclose(states[p], states2[p], rtol=2e-3, atol=2e-3) for p in states)
 
 
 @cuda
-def test_cuda_trains_captures_and_goes_on_also_where_cpu_stopped(run, tmp_path):
-    losses = [row["loss"] for row in lines(run / "metrics.jsonl")[1:]]
-    whole = train.train(train.Config(**{**TINY, "device": "cuda", "out": str(tmp_path / "whole")}))
-    assert np.allclose([row["loss"] for row in lines(whole / "metrics.jsonl")[1:]], losses, atol=5e-3)
-    probe.probe(whole)
-    for first, then in ("cuda", "cuda"), ("cpu", "cuda"), ("cuda", "cpu"):
-        cfg = train.Config(**{**TINY, "device": first, "out": str(tmp_path / (first + then))})
+@pytest.mark.parametrize("first, then", [*itertools.product([contextlib.nullcontext, on_cpu], repeat=2)])
+def test_cuda_trains_captures_and_goes_on_also_where_cpu_stopped(first, then, tmp_path):
+    with on_cpu():
+        whole = train.train(train.Config(**TINY, out=str(tmp_path / "whole")))
+    cfg = train.Config(**TINY, out=str(tmp_path / "run"))
+    with first():
         stopped_at(5, cfg)
-        train.train(dataclasses.replace(cfg, device=then), resume=True)
-        rows = lines(tmp_path / (first + then) / "metrics.jsonl")
-        assert np.allclose([row["loss"] for row in rows[1:]], losses, atol=5e-3)
+    with then():
+        train.train(cfg, resume=True)
+    losses, never = ([row["loss"] for row in lines(x / "metrics.jsonl")] for x in (tmp_path / "run", whole))
+    assert np.allclose(losses, never, atol=5e-3)
+    probe.probe(tmp_path / "run")
 
 
 def outcome(run):
@@ -804,7 +814,7 @@ def test_same_seed_same_bits_whatever_is_evaluated_and_captured(run, tmp_path):
         return outcome(train.train(train.Config(**{**TINY, **changes}, out=str(tmp_path / name))))
 
     weights, rows, states = outcome(run)
-    again, other = trained("again"), trained("other", n_captures=3, eval_every=2)
+    again, other = trained("again"), trained("other", n_captures=20)
     assert equal(weights, again[0]) and rows == again[1] and states == again[2]
     assert equal(weights, other[0]) and len(other[1]) > len(rows)
     assert not equal(weights, trained("seed", seed=1)[0])
@@ -813,9 +823,9 @@ def test_same_seed_same_bits_whatever_is_evaluated_and_captured(run, tmp_path):
 def test_resuming_keeps_the_tasks_the_run_began_with(tmp_path, dataset):
     (tmp_path / "mine.json").write_text(json.dumps(WORDS))
     cfg = train.Config(tasks=str(tmp_path / "mine.json"), steps=5, out=str(tmp_path / "run"))
-    before = outcome(train.train(cfg))
+    before = outcome(train.train(dataclasses.replace(cfg, out=str(tmp_path / "whole"))))
+    stopped_at(1, cfg)
     (tmp_path / "mine.json").unlink()
-    (tmp_path / "run" / "ckpt.pt").unlink()
     after = outcome(train.train(cfg, resume=True))
     assert equal(before[0], after[0]) and before[1:] == after[1:]
 
@@ -830,7 +840,7 @@ def test_a_resumed_run_equals_one_never_stopped(run, tmp_path):
 
 
 def test_slow_a_run_killed_at_twenty_moments_ends_in_the_same_bits(run, tmp_path):
-    cfg = train.Config(**TINY, eval_every=2, out=str(tmp_path / "killed"))
+    cfg = train.Config(**{**TINY, "n_captures": 20}, out=str(tmp_path / "killed"))
     context = multiprocessing.get_context("forkserver")         # children that find torch imported
     context.set_forkserver_preload(["train"])
 
@@ -869,14 +879,14 @@ def test_slow_ctrl_c_says_how_to_go_on_from_the_last_evaluation_and_exits_with_1
     process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     for line in iter(process.stdout.readline, ""):              # so that training is under way
-        if line.split()[0] == "59":
+        if line.startswith("step 59 "):
             break
     process.send_signal(signal.SIGINT)
     said, complaint = process.communicate(timeout=60)
     assert process.returncode == 130 and not complaint
     going_on = shlex.split(said.splitlines()[-1].split("python ")[1])
     assert going_on == ["train.py", "--resume", "--out", str(out)]
-    step = torch.load(out / "ckpt.pt", weights_only=True)["step"]
+    step = torch.load(out / "ckpt.pt", weights_only=True)["rows"][-1]["step"]
     assert 59 <= step < 2500 and step == lines(out / "metrics.jsonl")[-1]["step"]
     subprocess.run([sys.executable, *going_on], cwd=HERE, check=True, capture_output=True)
     whole = train.train(dataclasses.replace(train.read_config(out), out=str(tmp_path / "whole")))
@@ -895,7 +905,7 @@ def test_stray_files_among_the_captures_are_ignored(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     for name in "000012 2.npz", "000012 (conflicted copy).npz", ".000012.npz.swp", "notes.npz":
         (tmp_path / "run" / "states" / name).write_text("no capture")
-    assert train.kept_steps(tmp_path / "run") == train.kept_steps(run)
+    assert probe.kept_steps(tmp_path / "run") == probe.kept_steps(run)
 
 
 @pytest.mark.parametrize("change", ["gelu", "average", "layer"])
@@ -985,7 +995,7 @@ def test_a_run_on_data_that_it_was_given_goes_on_with_that_only(run, tmp_path):
     out, other = train.train(cfg, data=few), dataclasses.replace(cfg, out=str(tmp_path / "other"))
     stopped_at(3, other, data=few)
     assert equal(outcome(train.train(other, resume=True, data=few))[0], outcome(out)[0])
-    assert equal(train.load_model(out, few, torch.device("cpu")).state_dict(), outcome(out)[0])
+    assert equal(train.load_model(out, few).state_dict(), outcome(out)[0])
     unlike = d._replace(splits={**d.splits, "val": d.splits["ood"]})
     with pytest.raises(ValueError, match="is not what it was"):
         train.train(cfg, resume=True, data=unlike)
@@ -1004,7 +1014,7 @@ class Bomb:
     ("tasks.json", "[", "("), ("tasks.json", '"held_out": "', '"held_out": "a'),
     ("config.json", '"seed": 0', '"seed": 1'),
     ("config.json", '"n_val": 6', '"n_val": 7'), ("config.json", '"n_val": 6', '"n_val": "6"'),
-    ("metrics.jsonl", "seconds", "second"), ("config.json", '"steps": 24', '"steps": 24.5'),
+    ("config.json", '"steps": 24', '"steps": 24.5'),
     ("config.json", '"n_embd": 16', '"n_embd": 32'), ("config.json", '"n_layer": 2', '"n_layer": "x"')])
 def test_an_altered_file_is_noticed(run, name, old, new, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "run")
@@ -1048,7 +1058,7 @@ def test_loss_counts_what_it_says(run):
     d = make_dataset(train.read_config(run))
     uniform = math.log(len(d.vocabulary))       # an untrained network knows nothing about any token
     rows = lines(run / "metrics.jsonl")
-    assert rows[0]["loss"] is None and rows[1]["loss"] == pytest.approx(uniform, rel=0.02)
+    assert rows[0]["loss"] == pytest.approx(uniform, rel=0.02)
 
 
 # ---------------------------------------------------------------- the probe
@@ -1865,16 +1875,16 @@ BAD_TASKS = {
     "regex not text": {"tokens": "words", "tasks": [{**WORDS["tasks"][0], "distributions": [7]}]},
     "too few strings": {"tokens": "words", "tasks": [{**WORDS["tasks"][0], "held_out": "only this"}]}}
 PLACES = {      # what must be said of where and what is wrong
-    "bad regex": "task young, held_out: unclosed ( at position 1", "no map": "task young, map",
-    "no name": "task 0, name", "blank word": "task young, map, 'dog'", "key twice": "key 'cow' is there twice",
-    "overlap": "task young, held_out: 'Name its baby[.]' has strings in common with task young, "
-               "distributions[1]", "same words": "'a ", "same words, later": "b",
-    "same input": "task young, map, 'a b': is the same words",
-    "many inputs": "161", "regex not text": "task young, distributions[0]: 7",
-    "too few strings": "task young, held_out: 10 strings", "not JSON": "not a tasks file",
-    "a list": "tokens: must be", "no tasks": "tasks: must be a list", "empty": "tasks: must be a list",
-    "tokens": "tokens: must be", "not an object": "task 0, name", "no held_out": "task young, held_out",
-    "no distributions": "task young, distributions", "same name": "task young, name: is another"}
+    "bad regex": "unclosed ( at position 1 of 'a(b'", "no map": "task 0: map",
+    "no name": "task 0: name", "blank word": "task young: an input or output is blank", "key twice": "'cow', 'cow'",
+    "overlap": "(, please)?\\\\.' and 'Name its baby[.]' have strings in common", "same words": "'a ",
+    "same words, later": "b", "same input": "task young: two inputs are the same words",
+    "many inputs": "161", "regex not text": "task young: every output and every regex must be text",
+    "too few strings": "10 strings were asked for; of at most 128 characters, 'only this' has only 1",
+    "not JSON": "not a tasks file", "a list": 'needs "tokens"', "no tasks": 'needs "tokens"',
+    "empty": 'needs "tokens"', "tokens": 'needs "tokens"', "not an object": "task 0: name",
+    "no held_out": "task 0: held_out", "no distributions": "task 0: distributions",
+    "same name": "task young: another task has this name"}
 
 
 @pytest.mark.parametrize("module, argv", [
@@ -1882,8 +1892,8 @@ PLACES = {      # what must be said of where and what is wrong
         "--no-such-flag", "--n-tasks many", "--n-mappings 11", "--n-tasks 1", "--n-val 0", "--n-train 5",
         "--n-outputs 500", "--tasks no.json", "--n-train 800", "--max-len 5")],
     *[(train, argv) for argv in (
-        "--preset huge", "--n-embd 66", "--steps 0", "--optimizer sgd", "--n-train 800", "--lr nan",
-        "--warmup -1", "--lr inf", "--device tpu", "--resume", "--n-mappings 11", "--n-lay 3", "--tasks .",
+        "--preset huge", "--n-embd 65", "--steps 0", "--optimizer sgd", "--n-train 800", "--lr nan",
+        "--warmup -1", "--lr inf", "--resume", "--n-mappings 11", "--n-lay 3", "--tasks .",
         "--n-head 0", "--seed x")],
     *[(probe, argv) for argv in ("", "nowhere", ".", "a b", "--k 3", ". --patch", ". --view upside-down",
                                  ". --beside nowhere", ". --patch --view raw centred")],
@@ -1992,10 +2002,8 @@ def test_any_json_is_a_tasks_file_or_a_valueerror(tmp_path, drawn):
             key = drawn.draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))
         place[key] = drawn.draw(json_values)
     (tmp_path / "mine.json").write_text(json.dumps(root[0]))
-    try:
+    with contextlib.suppress(ValueError):
         data.read_tasks(tmp_path / "mine.json", 40)
-    except ValueError as error:
-        assert str(tmp_path / "mine.json") in str(error)
 
 
 FILES = "config.json", "tasks.json", "metrics.jsonl", "ckpt.pt", "states/labels.npz", "states/000000.npz"
@@ -2040,9 +2048,9 @@ def test_any_flags_give_no_traceback(tmp_path, monkeypatch, capsys, module, argv
 
 
 def test_patching_needs_a_checkpoint(run, tmp_path, capsys):
-    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("ckpt.pt"))
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("ckpt.pt", "patch.jsonl"))
     assert exit_status(probe, tmp_path / "run", "--patch") == 2
-    assert "train it first" in capsys.readouterr().err
+    assert "ckpt.pt cannot be read" in capsys.readouterr().err
     assert not (tmp_path / "run" / "patch.jsonl").exists()
 
 
