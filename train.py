@@ -41,15 +41,15 @@ class Config(DataConfig):
     n_layer: int = 4                # blocks
     n_head: int = 2                 # attention heads per block
     n_embd: int = 64                # width
-    steps: int = 380                # training steps
+    steps: int = 400                # training steps
     batch_size: int = 48            # instances per step
     loss_on: str = "all"            # all: every next token, a causal language model; answer: the output alone
     optimizer: str = "muon"         # muon: Muon for the blocks' matrices, AdamW for the rest; adamw: no Muon
-    lr: float = 0.012               # peak learning rate of AdamW
-    muon_lr: float = 0.05           # peak learning rate of Muon
+    lr: float = 0.014               # peak learning rate of AdamW
+    muon_lr: float = 0.055          # peak learning rate of Muon
     weight_decay: float = 0.1       # decoupled weight decay of both
     warmup: float = 0.1             # share of the steps in which the rate rises, before it falls to 0
-    n_captures: int = 10            # evaluations, each of which keeps the states; denser at first
+    n_captures: int = 9             # evaluations, each of which keeps the states; denser at first
 
     choices = {**DataConfig.choices, "loss_on": ("all", "answer"), "optimizer": ("muon", "adamw")}
 
@@ -85,7 +85,7 @@ def train(cfg, resume=False, data=None):
     if rank == 0 and not resume:
         create_run(cfg, data, model, optimizers)
     tokens, targets = make_targets(cfg, data.splits["train"], device)
-    begun = time.perf_counter()
+    due, begun = capture_steps(cfg)[len(rows):], time.perf_counter()
     for step in range(rows[-1]["step"] if rows else 0, cfg.steps + 1):
         # forward and backward: the mean loss over the scored tokens of the whole batch
         batch = pick_batch(cfg, len(tokens), step).to(device)
@@ -101,7 +101,7 @@ def train(cfg, resume=False, data=None):
             vector_to_parameters(sums, parts)
 
         # every so often evaluate and save; a resumed run has done so at its first step
-        if rank == 0 and step in capture_steps(cfg)[len(rows):]:
+        if rank == 0 and step in due:
             if not loss.isfinite():
                 raise ValueError("the loss is nan or infinite: choose another --out and a lower --lr or "
                                  "--muon-lr (the last good checkpoint is kept)")
