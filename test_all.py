@@ -2107,7 +2107,7 @@ def fork(tmp_path, run):
         assert applied.returncode == 0
         shutil.copytree(run, tmp_path / "runs" / "default")
         for step in probe.kept_steps(run)[:-1]:             # the last is enough
-            train.capture_path(tmp_path / "runs" / "default", step).unlink()
+            Path(train.capture_path(tmp_path / "runs" / "default", step)).unlink()
         return tmp_path, lambda *command: subprocess.run(
             [sys.executable, *command[1:]], cwd=tmp_path, check=True, capture_output=True, text=True,
             env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}).stdout, commands(f"```bash\n{then}```")
@@ -2155,7 +2155,7 @@ def test_slow_a_block_that_averages_trains_and_is_probed_beside_the_other(fork):
     do(*learn, *as_flags({**TINY, "steps": 4, "n_captures": 1}))
     assert "the run beside, at its end" in do(*score)
     check = ("import torch, model; a = model.Attention(model.ModelConfig(9, 9, n_embd=8, n_head=2)).eval();"
-             "x = torch.randn(1, 5, 8); v = (x @ a.qkv.weight.T + a.qkv.bias)[..., 16:];"
+             "x = torch.randn(1, 5, 8); v = (x @ a.qkv.weight.T)[..., 16:];"
              "want = torch.stack([v[0, :t + 1].mean(0) for t in range(5)]);"
-             "print((a(x)[0] - (want @ a.out.weight.T + a.out.bias)).abs().max().item())")
+             "print((a(x)[0] - want @ a.out.weight.T).abs().max().item())")
     assert float(do("", "-c", check)) < 1e-5
