@@ -4,8 +4,8 @@ A task maps inputs to outputs and is only ever described by instructions, string
 expressions (figure 1 of Wu & Varshney, arXiv 2402.12151). Four chapters: an exact sampler of regular
 languages; configuration and tasks; the splits a model is trained and probed on; the command line.
 
-    python data.py                        print the default data set on a page
-    python data.py --tasks mine.json      print the data set of a tasks file
+    python data.py                        print a one-page summary of the default data set
+    python data.py --tasks mine.json      the same of a tasks file
 
 The paper gives no regexes and no sizes; ours are in `random_pattern` and `DataConfig`.
 """
@@ -30,8 +30,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-# On a busy machine, threads that spin while they wait make small steps up to 20 times as slow. The setting is
-# read when torch is imported: import this file first.
+# On a busy machine, threads that spin while waiting can make small training steps 20 times as slow. torch
+# reads this setting when it is imported, so import this file first.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 # ---------------------------------------------------------------- regular expressions
@@ -39,13 +39,14 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 PRINTABLE = frozenset(map(chr, range(0x20, 0x7F)))
 SETS = {r"\d": frozenset(digits), r"\s": frozenset(" "), r"\w": frozenset(ascii_letters + digits + "_")}
 SETS |= {name.upper(): PRINTABLE - chars for name, chars in SETS.items()}
-QUANTIFIER = re.compile(r"[?*+]|\{[0-9]+(,[0-9]*)?\}|")           # the last: there is none
-CLASS = re.compile(r"\[(\^?+)(\]?+(?:\\.|[^]\\])*)\]", re.DOTALL)     # a ] in front stands for itself
+QUANTIFIER = re.compile(r"[?*+]|\{[0-9]+(,[0-9]*)?\}|")           # the empty alternative: no quantifier
+CLASS = re.compile(r"\[(\^?+)(\]?+(?:\\.|[^]\\])*)\]", re.DOTALL)     # a ] right after [ or [^ is a literal
 MEMBER = re.compile(r"(\\?.)(?:-(\\?.))?", re.DOTALL)               # of a class: a character or a range
-BAD_ESCAPE = (      # what is refused: how it looks, what it is called, the way out
+# What is refused: how it looks, what it is called, what to do instead.
+BAD_ESCAPE = (
     r"\\(?:(?![dswDSW])[0-9A-Za-z]|\Z)", "escape", "only punctuation, d, w, s, D, W and S may follow a \\")
 BAD = [
-    (r"\\[1-9](?![0-7]{2})", "back-reference", "write out what it may repeat"),
+    (r"\\[1-9](?![0-7]{2})", "back-reference", "write out what it may repeat"),    # \123 is octal
     (r"[\^$]|\\[bBAZ]", "anchor", "leave it out, the whole string is always matched; or escape ^ and $"),
     (r"\(\?(?!:).?", "group", "only ( ) and (?: ) are supported"),
     (r"(?<=[?*+}])[?*+{]", "second quantifier", "leave a lazy ? out; otherwise put what it repeats in (?: )"),
@@ -76,11 +77,11 @@ class Regex:
         self._start, end = _parse(pattern, 0)
         if end < len(pattern):
             _fail(pattern, "unmatched )", end, "escape it, or open a group")
-        levels = [{self._start}]                # levels[n]: the states that n characters lead to
+        levels = [{self._start}]                # levels[n]: the states that n characters can lead to
         while levels[-1] and len(levels) <= max_len:
             levels.append({target for state in levels[-1] for _, target in self._read(state)[1]})
             self._spend(len(levels[-1]))
-        self._ways = [{}]       # _ways[n][state]: how many strings finish from a state after n characters
+        self._ways = [{}]       # _ways[n][state]: in how many ways n characters that led there go on
         for level in reversed(levels):
             ways = {}
             for state in level:
@@ -94,12 +95,13 @@ class Regex:
     def _spend(self, steps):
         self._work += steps
         if self._work > MAX_WORK:
-            raise ValueError(f"{self.pattern!r:.60} is too large or ambiguous: make it or max_len smaller")
+            raise ValueError(f"{self.pattern!r:.60} is too large or ambiguous: simplify it or lower max_len")
 
     def _read(self, state):
-        """Whether a string may end in a state, and its edges, pairs of characters and the state they lead to.
+        """Whether a string may end in this state, and its edges: [(characters, next state)].
 
-        A state is a set of branches, all that may be left to read (subset construction, Rabin & Scott 1959).
+        A state is a set of branches, see _parse: all that may be left to read (subset construction, Rabin &
+        Scott 1959).
         """
         if state not in self._known:
             left_after, edges = defaultdict(set), defaultdict(str)
@@ -133,10 +135,10 @@ class Regex:
 
     def sample(self, n, rng, unique=True):
         """n strings, uniform over the language, distinct if unique. Raises ValueError if it has too few."""
-        if not 0 <= n <= (self.count if unique else n * self.count):
-            raise ValueError(f"{n} strings were asked for; of at most {self.max_len} characters, "
+        if not 0 <= n <= (self.count if unique else n * self.count):      # repeats need one string
+            raise ValueError(f"{n} strings of at most {self.max_len} characters were asked for, "
                              f"{self.pattern!r:.60} has only {min(self.count, 10 ** 18)}: widen it, ask for "
-                             "fewer, or for longer ones")
+                             "fewer, or raise max_len")
         strings = []
         moved = {}                              # a Fisher-Yates shuffle that stores only what it has moved
         for i in range(n):
@@ -159,23 +161,24 @@ class Regex:
 
 
 def find_overlap(patterns, max_len):
-    """The indices (i, j) of two patterns that have a string in common, or None.
+    """The indices i < j of two patterns that have a string in common, or None.
 
     Languages are disjoint if, and only if, their union has as many strings as they have together. Raises
     ValueError if that is too large to count.
     """
-    def overlap(some):
-        total = sum(compile_regex(pattern, max_len).count for pattern in some)
-        return Regex("|".join(some), max_len).count < total
+    def overlap(group):
+        total = sum(compile_regex(pattern, max_len).count for pattern in group)
+        return Regex("|".join(group), max_len).count < total
 
     if not overlap(patterns):
         return None
-    j = bisect_left(range(len(patterns)), True, key=lambda j: overlap(patterns[:j + 1]))
+    # j is the first pattern that overlaps an earlier one: the first n patterns overlap from n = j + 1 on
+    j = bisect_left(range(len(patterns)), True, key=lambda last: overlap(patterns[:last + 1]))
     i = next(i for i in range(j) if overlap([patterns[i], patterns[j]]))
     return i, j
 
 
-compile_regex = lru_cache(maxsize=10_000)(Regex)        # what is checked first is sampled later
+compile_regex = lru_cache(maxsize=10_000)(Regex)        # patterns checked for overlap are sampled later
 
 
 def _fail(pattern, what, i, way_out):
@@ -191,7 +194,8 @@ def _refuse(pattern, i, *unsupported):
 def _parse(pattern, i, depth=0):
     """Recursive descent from position i to a ) or the end: the branches that stand there, and where it ended.
 
-    A branch is a tuple of items: a set of characters, or (branches, least, most) for a repeated group.
+    A branch is a tuple of items (branches, least, most). A single character is such an item, too, read once;
+    its only branch holds the bare set of characters.
     """
     branches = [[]]
     while i < len(pattern) and pattern[i] != ")":
@@ -218,7 +222,7 @@ def _parse(pattern, i, depth=0):
             inside = frozenset([(frozenset(chars),)])
         least, most, i = _repetition(pattern, i)
         if _may_end(inside):
-            least = 0               # the same language, and whatever a repetition reads is not empty
+            least = 0               # the same language, and now every round of a repetition reads something
         if most > 0:
             branches[-1].append((inside, least, most))
     return frozenset(map(tuple, branches)), i
@@ -231,7 +235,7 @@ def _char_class(pattern, i):
         _fail(pattern, "unclosed [", i, "close it, or escape it")
     chars = set()
     for member in MEMBER.finditer(pattern, *found.span(2)):
-        low, high = member[1], member[2] or member[1]
+        low, high = member[1], member[2] or member[1]           # [-1] below drops the backslash
         _refuse(pattern, member.start(), BAD_ESCAPE)
         _refuse(pattern, member.end() - len(high), BAD_ESCAPE)
         if member[2] and {low, high} & {*SETS} or high[-1] < low[-1]:
@@ -283,22 +287,22 @@ class DataConfig:
     tasks: str = ""                 # a tasks file, in place of random tasks
     n_tasks: int = 16               # random tasks
     n_distributions: int = 3        # regexes per random task, and one more that is held out
-    n_mappings: int = 5             # inputs a random task is defined on
+    n_mappings: int = 5             # inputs, each with its output, of a random task
     n_inputs: int = 10              # pool of inputs that random tasks share
     n_outputs: int = 20             # pool of outputs that random tasks share
     twins: bool = False             # random tasks in pairs, with the same inputs and different outputs
     n_train: int = 20               # training instructions per regex
     n_val: int = 10                 # instructions per regex in subset, in val and in ood
-    n_asked: int = 8                # inputs an instruction is taught with; as many others in `pairs`
-    asks_for: str = "output"        # what to answer: output, task, distribution; nothing: there is no input
+    n_asked: int = 8                # inputs an instruction is taught with; `pairs` has as many others
+    asks_for: str = "output"        # output, task or distribution; nothing: no input and no output
     n_probed: int = 64              # tasks that subset, val and ood are about; any more are only trained on
     max_len: int = 128              # longest instruction, in characters
     shuffle_tasks: bool = False     # give every instruction a random task, to be memorised
 
-    choices = {"asks_for": ("output", "task", "distribution", "nothing")}
+    choices = {"asks_for": ("output", "task", "distribution", "nothing")}       # no annotation, so no knob
 
     def check(self):
-        """Raises ValueError for a knob outside its range; an integer may be 0 if that is its default."""
+        """Raises ValueError for a knob outside its range: integers from 1, or 0 if that is the default."""
         for field in dataclasses.fields(self):
             name, kind, value = field.name, field.type, getattr(self, field.name)
             if type(value) is not kind and (kind, type(value)) != (float, int):
@@ -333,10 +337,10 @@ def random_pattern(rng):
 
 
 def random_maps(cfg, rng):
-    """A map for each task: inputs and outputs are dealt evenly, and no input has one output in two tasks.
+    """A map for each task: inputs and outputs are dealt evenly, and no two tasks map an input to one output.
 
-    Tasks have different sets of inputs if the pool has that many; with cfg.twins, tasks 0 and 1 share theirs,
-    so do 2 and 3, and so on. Raises ValueError for impossible sizes, or where a word gives its task away.
+    Tasks have different sets of inputs as long as the pool has enough; with cfg.twins, tasks 0 and 1 share
+    theirs, so do 2 and 3, and so on. Raises ValueError for impossible sizes, or if a word gives a task away.
     """
     k = cfg.n_mappings
     if k > min(cfg.n_inputs, cfg.n_outputs):
@@ -345,26 +349,27 @@ def random_maps(cfg, rng):
     outputs = [str(i) for i in range(cfg.n_outputs)]
     maps, sets, pairs, uses = [], set(), set(), Counter()
 
-    def deal(words, attempt):       # the least used first; after many attempts, less evenly
-        return sorted(words, key=lambda word: uses[word] + (1 + attempt // 500) * rng.random())[:k]
+    def deal(pool, attempt):        # the least used first; every 500 attempts less strictly so
+        return sorted(pool, key=lambda word: uses[word] + (1 + attempt // 500) * rng.random())[:k]
 
     for t in range(cfg.n_tasks):
         twin = cfg.twins and t % 2
         if len(sets) == math.comb(cfg.n_inputs, k):
-            sets.clear()            # every set has been dealt: they start anew
+            sets.clear()            # all sets are used up: allow repeats
         for attempt in range(10_000):
             chosen = tuple(maps[-1] if twin else sorted(deal(inputs, attempt)))
-            task = dict(zip(chosen, rng.sample(deal(outputs, attempt), k)))
-            if pairs.isdisjoint(task.items()) and (twin or chosen not in sets):
+            mapping = dict(zip(chosen, rng.sample(deal(outputs, attempt), k)))
+            if pairs.isdisjoint(mapping.items()) and (twin or chosen not in sets):
                 break
         else:
-            raise ValueError(f"n_outputs is {cfg.n_outputs}, raise it: an input needs another in every task")
-        maps.append(task)
+            raise ValueError(f"n_outputs is {cfg.n_outputs}, raise it: each task needs new outputs")
+        maps.append(mapping)
         sets.add(chosen)
-        pairs.update(task.items())
-        uses.update([*task, *task.values()])
+        pairs.update(mapping.items())
+        uses.update([*mapping, *mapping.values()])
     if any(uses[word] < 2 for word in inputs + outputs):
-        raise ValueError("some word would give its task away: lower n_inputs or n_outputs, or raise n_tasks")
+        raise ValueError("an input or output of a single task would give it away: lower n_inputs or "
+                         "n_outputs, or raise n_tasks")
     return maps
 
 
@@ -375,14 +380,14 @@ def random_tasks(cfg):
     patterns = [random_pattern(rng) for _ in range((cfg.n_distributions + 1) * cfg.n_tasks)]
     while overlap := find_overlap(patterns, cfg.max_len):
         patterns[overlap[1]] = random_pattern(rng)
-    for t, task_map in enumerate(maps):
+    for t, mapping in enumerate(maps):
         held_out, *distributions = patterns[t::cfg.n_tasks]
-        tasks.append(Task(f"t{t:02d}", task_map, distributions, held_out))
+        tasks.append(Task(f"t{t:02d}", mapping, distributions, held_out))
     return tasks
 
 
 def write(path, content):
-    """Write a text aside and rename it: whoever looks finds the old file or the new one, whole."""
+    """Write to a temporary file and rename it: a reader finds the old file or the new one."""
     aside = Path(f"{path}.tmp")
     aside.write_text(content, encoding="utf-8")
     os.replace(aside, path)
@@ -395,38 +400,39 @@ def write_tasks(path, cut_into, tasks):
 
 
 def read_tasks(path, max_len):
-    """Read a tasks file. Raises ValueError naming task and fault, OSError if it cannot be read.
+    """Read a tasks file: what instructions are cut into, and the tasks.
 
+    Raises ValueError naming task and fault, OSError if the file cannot be read.
     Inputs and outputs are brought to the form that the network reads: words with single spaces between them.
     """
-    def check(right, rule):
+    def check(right, rule):         # `where` is set below, as reading goes on
         if not right:
             raise ValueError(f"{path}, {where}: {rule}")
 
     def unique(pairs):              # json would keep the last value of a key that is there twice
         if len(dict(pairs)) < len(pairs):
-            raise ValueError(f"a key is there twice: {[key for key, _ in pairs]}")
+            raise ValueError(f"a key is there twice among {[key for key, _ in pairs]}")
         return dict(pairs)
 
     try:
         spec = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path} is not a tasks file: {e}") from None
-    where, tasks = "the whole", {}
+    where, tasks = "top level", {}
     check(isinstance(spec, dict) and spec.get("tokens") in ("characters", "words")
           and isinstance(spec.get("tasks"), list) and spec["tasks"],
-          'needs "tokens", "characters" or "words", and "tasks", a list')
+          'needs "tokens": "characters" or "words", and a list "tasks"')
     for number, entry in enumerate(spec["tasks"]):
         where = f"task {number}"
-        for key, kind in zip(Task._fields, (str, dict, list, str)):
+        for key, kind in Task.__annotations__.items():
             check(isinstance(entry, dict) and isinstance(entry.get(key), kind) and entry[key],
-                  f"{key} is missing, empty or no {kind.__name__}")
-        name, task_map, distributions, held_out = (entry[key] for key in Task._fields)
+                  f"{key} is missing, empty or not of type {kind.__name__}")
+        name, mapping, distributions, held_out = (entry[key] for key in Task._fields)
         where = f"task {name}"
-        check(name not in tasks, "another task has this name, too")
-        texts = [*task_map.values(), *distributions]
+        check(name not in tasks, "another task has this name")
+        texts = [*mapping.values(), *distributions]
         check(all(isinstance(text, str) for text in texts), "every output and every regex must be text")
-        pairs = [[" ".join(words(text)) for text in pair] for pair in task_map.items()]
+        pairs = [[" ".join(words(text)) for text in pair] for pair in mapping.items()]
         check(all(map(all, pairs)), "an input or output is blank")
         check(len(dict(pairs)) == len(pairs), "two inputs are the same words")
         tasks[name] = Task(name, dict(pairs), distributions, held_out)
@@ -441,7 +447,7 @@ def read_tasks(path, max_len):
 # ---------------------------------------------------------------- splits and tokens
 
 PAD, SEP, ANS, EOS = SPECIALS = "<pad>", "<sep>", "<ans>", "<eos>"      # <pad> is token 0
-WORD = re.compile(r"""[.,;:!?()"…]|[^\s.,;:!?()"…]+""")
+WORD = re.compile(r"""[.,;:!?()<>"…]|[^\s.,;:!?()<>"…]+""")
 
 
 def words(text):
@@ -450,14 +456,14 @@ def words(text):
 
 
 def cut(instruction, cut_into):
-    """The tokens of an instruction, which is cut into "characters" or "words"."""
+    """The tokens of an instruction, cut into "characters", or into "words" of lower case."""
     if cut_into == "words":
         return words(instruction.lower())
     return list(unicodedata.normalize("NFC", instruction))
 
 
 class Instance(NamedTuple):
-    """One line of the data: what is read and answered, and what it belongs to, as numbers."""
+    """One example: its texts, and the numbers of its task, distribution and input set."""
     instruction: str
     input: str
     output: str
@@ -466,12 +472,12 @@ class Instance(NamedTuple):
     input_set: int          # the first task with the same set of inputs
 
 
-# What an instance can be grouped by. One more line adds an identity: IDENTITIES["name"] = a function of x.
+# What an instance can be grouped by. One more line adds one: IDENTITIES["name"] = a function of an Instance.
 IDENTITIES = {key: attrgetter(key) for key in ("task", "distribution", "input", "output", "input_set")}
 
 
 class Split(NamedTuple):
-    """N instances, instruction by instruction, as rows of T tokens, padded on the right."""
+    """N instances as rows of T tokens, padded on the right; those of one instruction are adjacent."""
     instances: list
     tokens: np.ndarray          # (N, T) int64
     is_output: np.ndarray       # (N, T) bool: the tokens of the output and its <eos>
@@ -480,19 +486,20 @@ class Split(NamedTuple):
 
     def state_of(self, position):
         """(N,): for each instance, the row of its state among those read at a position."""
+        # rows ascend, and each state serves the instances up to the next row
         return np.searchsorted(self.positions[position][0], np.arange(len(self.tokens)), side="right") - 1
 
     def labels(self, position):
-        """name -> (n,) numbers or text, a label for each state read at a position.
+        """name -> (n,) numbers or text, a label for each of the n states read at a position.
 
-        A state that several instances share, as at `instruction`, has only the identities they agree on.
+        A state that several instances share, as at `instruction`, has only the identities they all agree on.
         """
         rows, state_of = self.positions[position][0], self.state_of(position)
         return {key: ids[rows] for key, ids in self.identities.items() if (ids == ids[rows][state_of]).all()}
 
 
 class Dataset(NamedTuple):
-    """What a run is about; token i reads vocabulary[i]."""
+    """What a run is about; token i is vocabulary[i]."""
     cut_into: str               # "characters" or "words": the tokens of instructions
     tasks: list
     vocabulary: list
@@ -500,7 +507,7 @@ class Dataset(NamedTuple):
 
 
 def encode(instances, cut_into):
-    """The vocabulary of lists of instances, and each list as a split; an instruction's are to be adjacent.
+    """From name -> instances, the vocabulary and name -> Split; instances of an instruction must be adjacent.
 
     Raises ValueError if two instructions are the same tokens.
     """
@@ -508,9 +515,9 @@ def encode(instances, cut_into):
     cuts, known = {}, {}
     for string in sorted({x.instruction for x in everything}):
         cuts[string] = cut(string, cut_into)
-        twin = known.setdefault(tuple(cuts[string]), string)
-        if twin != string:
-            raise ValueError(f"{twin!r} and {string!r} are the same words: let no regex allow both")
+        first = known.setdefault(tuple(cuts[string]), string)
+        if first != string:
+            raise ValueError(f"{first!r} and {string!r} are the same tokens: let no regex allow both")
     texts = {x: [*cuts[x.instruction], SEP, *x.input.split(), ANS, *x.output.split(), EOS]
              for x in everything}
     vocabulary = [*SPECIALS, *sorted(set().union(*texts.values()) - set(SPECIALS))]
@@ -533,8 +540,8 @@ def encode(instances, cut_into):
 def make_dataset(cfg):
     """Tasks, vocabulary and splits: the same cfg gives the same anywhere.
 
-    In a task of more than n_asked inputs these take turns, n_asked per instruction; split `pairs` asks the
-    instructions of subset with at most as many others. Raises ValueError for impossible sizes.
+    An instruction is taught with n_asked inputs of its task; if there are more, they take turns, and split
+    `pairs` asks the instructions of subset with up to n_asked others. Raises ValueError for impossible sizes.
     """
     cfg.check()
     cut_into, tasks = read_tasks(cfg.tasks, cfg.max_len) if cfg.tasks else ("characters", random_tasks(cfg))
@@ -542,8 +549,8 @@ def make_dataset(cfg):
     input_sets = [sets.index(some) for some in sets]
     most = max(map(len, sets))
     if cfg.n_val > cfg.n_train or most > cfg.n_train * n:
-        raise ValueError(f"n_train is {cfg.n_train}: raise it to n_val ({cfg.n_val}) or more, and n_train * "
-                         f"n_asked to {most}, the inputs of a task")
+        raise ValueError(f"n_train is {cfg.n_train}: it must be at least n_val, {cfg.n_val}, and n_train * "
+                         f"n_asked at least {most}, the most inputs of a task")
     instances = defaultdict(list)
     regexes = [(t, p) for t, task in enumerate(tasks) for p in [*task.distributions, task.held_out]]
     for number, (t, pattern) in enumerate(regexes):
@@ -551,19 +558,21 @@ def make_dataset(cfg):
         held_out = pattern == tasks[t].held_out
         n_strings = cfg.n_val if held_out else cfg.n_train + cfg.n_val
         for i, string in enumerate(compile_regex(pattern, cfg.max_len).sample(n_strings, rng)):
-            told = rng.randrange(len(tasks)) if cfg.shuffle_tasks else t
-            pairs = [("", "")] if cfg.asks_for == "nothing" else [*tasks[told].map.items()]
-            random.Random(f"{cfg.seed}/turns/{number}/{told}").shuffle(pairs)
-            turn = i * n % len(pairs)
-            pairs = pairs[turn:] + pairs[:turn]             # those whose turn it is are in front
-            parts = {"ood" if held_out else "train" if i < cfg.n_train else "val": pairs[:n]}
-            if "train" in parts and i < cfg.n_val:
-                parts |= {"subset": pairs[:n], "pairs": pairs[n:2 * n]}
+            taught = rng.randrange(len(tasks)) if cfg.shuffle_tasks else t      # the task it stands for
+            asks = [("", "")] if cfg.asks_for == "nothing" else [*tasks[taught].map.items()]
+            random.Random(f"{cfg.seed}/turns/{number}/{taught}").shuffle(asks)
+            turn = i * n % len(asks)
+            asks = asks[turn:] + asks[:turn]            # those whose turn it is are in front
+            name = "ood" if held_out else "train" if i < cfg.n_train else "val"
+            parts = {name: asks[:n]}
+            if name == "train" and i < cfg.n_val:
+                parts |= {"subset": asks[:n], "pairs": asks[n:2 * n]}
             for name, asked in parts.items():
+                # all tasks are trained on, the other splits are about the first n_probed
                 for word, output in asked if name == "train" or t < cfg.n_probed else []:
-                    answers = {"task": f"task{told}", "distribution": f"distribution{number}"}
+                    answers = {"task": f"task{taught}", "distribution": f"distribution{number}"}
                     output = answers.get(cfg.asks_for, output)
-                    instances[name].append(Instance(string, word, output, told, number, input_sets[told]))
+                    instances[name].append(Instance(string, word, output, taught, number, input_sets[taught]))
     return Dataset(cut_into, tasks, *encode(instances, cut_into))
 
 
@@ -571,12 +580,12 @@ def make_dataset(cfg):
 
 
 class Flags(argparse.ArgumentParser):
-    """A command line with a flag for every knob of a configuration; only what was given is parsed."""
+    """A command line with a flag for every knob; defaults are left out of what it parses."""
 
     def __init__(self, config=object, **texts):
         super().__init__(allow_abbrev=False, **texts)
         source = "".join(inspect.getsource(part) for part in config.__mro__[:-1])
-        for name, why in re.findall(r"(\w+): \w+ = .*?# (.*)", source):
+        for name, why in re.findall(r"(\w+): \w+ = .*?# (.*)", source):      # help is the knob's comment
             default = getattr(config, name)
             takes = {"action": "store_true"} if default is False else {"type": type(default)}
             self.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS,
@@ -591,16 +600,16 @@ def command_line(main):
     try:
         main()
     except BrokenPipeError:                     # whoever read our output, say `head`, has seen enough
-        os._exit(141)
+        os._exit(141)                           # 128 + SIGPIPE
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(130)                           # 128 + SIGINT
     except (ValueError, OSError) as e:
         print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
         sys.exit(2)
 
 
 def main():
-    """Print a data set on a page."""
+    """Print a one-page summary of a data set."""
     cfg = DataConfig(**vars(Flags(DataConfig, description=main.__doc__).parse_args()))
     data = make_dataset(cfg)
     print(f"{len(data.tasks)} tasks, {len(data.vocabulary)} tokens, sequences of at most "
@@ -615,7 +624,7 @@ def main():
         regex = compile_regex(pattern, cfg.max_len)
         some = regex.sample(3, random.Random(0), unique=False)
         print(f"  {'held out' if pattern == task.held_out else 'regex'}  {pattern}   "
-              f"{min(regex.count, 10 ** 18):,} strings, as {', '.join(some)}")
+              f"{min(regex.count, 10 ** 18):,} strings, e.g. {', '.join(some)}")
     for name, split in data.splits.items():
         print(f"\n{name}")
         for x in random.Random(0).choices(split.instances, k=5):

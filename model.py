@@ -1,10 +1,10 @@
-"""The model: GPT-2's architecture, small, and honest about its inside.
+"""The model: GPT-2's architecture, small, and returning its hidden states.
 
     logits, states = GPT(ModelConfig(vocab_size=60, block_size=14))(idx)
 
 `forward` always returns both, the logits of all positions and the residual stream around every block: the
-stream is what this project studies. Layer 0 is the embedding output, layer l the stream after block l; none
-is normalised, the final norm comes after the last layer, on the way to the head.
+stream is what this project studies. Layer 0 is the embedding output, layer l the stream after block l. None
+is normalised: the final norm belongs to the head.
 
 As in GPT-2: normalisation before each sublayer, learned positions, GELU, a head tied to the embedding.
 Departures: linear maps have no biases, which is faster, and there is no dropout; the paper is silent on both.
@@ -21,11 +21,11 @@ import torch.nn.functional as F
 
 @dataclass
 class ModelConfig:
-    """Sizes of a GPT. Raises ValueError if the width does not divide among the heads."""
+    """Sizes of a GPT. Raises ValueError if n_embd is not a multiple of n_head."""
     vocab_size: int         # V
-    block_size: int         # the most positions it can read
+    block_size: int         # longest sequence
     n_layer: int = 4        # L
-    n_head: int = 4         # H
+    n_head: int = 2         # H
     n_embd: int = 64        # C
 
     def __post_init__(self):
@@ -45,8 +45,7 @@ class Attention(nn.Module):
     def forward(self, x):
         B, T, C = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)     # each (B, H, T, C/H)
-        # One call for every device, fused on CUDA and CPU alike. Padding is on the right, so the causal mask
-        # is the only one needed: no real token ever sees a pad.
+        # Padding is on the right, so the causal mask is the only one needed: no real token ever sees a pad.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
@@ -79,7 +78,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The whole network. `generator` decides its initial weights, which are GPT-2's:
 
-    | what                                          | drawn from N(mean, std)    |
+    | what                                          | initial values             |
     |-----------------------------------------------|----------------------------|
     | embeddings and linear maps                    | N(0, 0.02)                 |
     | the maps back into the stream (`out.weight`)  | N(0, 0.02 / sqrt(2 L))     |
@@ -95,10 +94,9 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(cfg.n_embd)
         for name, p in self.named_parameters():
             if p.dim() == 2:
+                # both sublayers call their map back into the stream `out`
                 std = 0.02 / math.sqrt(2 * cfg.n_layer) if name.endswith("out.weight") else 0.02
                 nn.init.normal_(p, std=std, generator=generator)
-            elif name.endswith("bias"):
-                nn.init.zeros_(p)
 
     def forward(self, idx: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """idx (B, T) int64 -> logits (B, T, V) and L + 1 states (B, T, C), layer by layer."""

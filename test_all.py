@@ -414,7 +414,7 @@ def test_text_is_what_its_tokens_are_whatever_its_spaces_and_unicode_form(tmp_pa
             assert np.array_equal(split.tokens, other.splits[name].tokens)
             assert all(np.array_equal(ids, other.splits[name].identities[key])
                        for key, ids in split.identities.items())
-    with pytest.raises(ValueError, match="are the same words"):
+    with pytest.raises(ValueError, match="are the same tokens"):
         tasks = [data.Task("t", {"x": "y"}, ["caf\u00e9 [a-e]"], "cafe\u0301 [a-e]")]
         data.write_tasks(tmp_path / "tasks.json", "words", tasks)
         make_dataset(DataConfig(tasks=str(tmp_path / "tasks.json"), n_train=3, n_val=2))
@@ -1880,7 +1880,7 @@ PLACES = {      # what must be said of where and what is wrong
     "overlap": "(, please)?\\\\.' and 'Name its baby[.]' have strings in common", "same words": "'a ",
     "same words, later": "b", "same input": "task young: two inputs are the same words",
     "many inputs": "161", "regex not text": "task young: every output and every regex must be text",
-    "too few strings": "10 strings were asked for; of at most 128 characters, 'only this' has only 1",
+    "too few strings": "10 strings of at most 128 characters were asked for, 'only this' has only 1",
     "not JSON": "not a tasks file", "a list": 'needs "tokens"', "no tasks": 'needs "tokens"',
     "empty": 'needs "tokens"', "tokens": 'needs "tokens"', "not an object": "task 0: name",
     "no held_out": "task 0: held_out", "no distributions": "task 0: distributions",
@@ -1915,7 +1915,7 @@ def test_a_bad_tasks_file_gives_one_line_that_names_the_place(name, tmp_path, mo
     assert exit_status(train, "--tasks", "mine.json") == 2
     said = capsys.readouterr().err
     assert re.fullmatch(r"error: [^\n]+\n", said) and PLACES[name] in said
-    assert ("the same words" in said) == name.startswith(("same words", "same input"))
+    assert ("are the same" in said) == name.startswith(("same words", "same input"))
     assert [p.name for p in tmp_path.iterdir()] == ["mine.json"]
 
 

@@ -4,7 +4,7 @@
     python train.py --preset quick                    a smaller run, into runs/quick; also: facts, large
     python train.py --tasks mine.json --n-layer 6     your own tasks, any knob (--help lists them)
     python train.py --resume                          go on from the last evaluation of a run that was stopped
-    torchrun --standalone --nproc_per_node=2 train.py     two processes share every batch, and one writes
+    torchrun --standalone --nproc_per_node=2 train.py     two processes share every batch; one of them writes
 
 Figures 2 and 3 of the paper start here: loss, accuracies and the captures that probe.py reads. The paper
 fixes neither sizes nor optimiser. We take Muon for the blocks' matrices, as it needs fewer steps than AdamW,
@@ -36,7 +36,7 @@ from model import GPT, ModelConfig
 @dataclasses.dataclass
 class Config(DataConfig):
     """Every knob of a run: the data's, and these."""
-    out: str = "runs/default"       # run folder
+    out: str = "runs/default"       # run folder; with --preset, runs/PRESET
     start: str = ""                 # a run whose final weights to start from
     n_layer: int = 4                # blocks
     n_head: int = 2                 # attention heads per block
@@ -48,8 +48,8 @@ class Config(DataConfig):
     lr: float = 0.014               # peak learning rate of AdamW
     muon_lr: float = 0.055          # peak learning rate of Muon
     weight_decay: float = 0.1       # decoupled weight decay of both
-    warmup: float = 0.1             # share of the steps in which the rate rises, before it falls to 0
-    n_captures: int = 9             # evaluations, each of which keeps the states; denser at first
+    warmup: float = 0.1             # share of the steps with a rising rate; after them it falls to 0
+    n_captures: int = 9             # evaluations, each of which keeps the states; closer together at first
 
     choices = {**DataConfig.choices, "loss_on": ("all", "answer"), "optimizer": ("muon", "adamw")}
 
@@ -69,8 +69,9 @@ CAPTURED = "subset", "val", "ood"       # the splits whose states are kept; of `
 def train(cfg, resume=False, data=None):
     """Train as cfg says, or go on with the run in cfg.out; return that folder, laid out as README.md tells.
 
-    `data`, a data.Dataset, is taught in place of what cfg describes; give it again to resume. Raises
-    ValueError for impossible settings or a folder in use, with nothing written, and if weights become nan.
+    `data`, a data.Dataset with subset, val and ood, replaces what cfg describes; pass it again to resume.
+    Raises ValueError for impossible settings or a folder in use, with nothing written, and if the loss is not
+    finite at an evaluation.
     """
     cfg.check()
     check_folder(cfg, resume)
@@ -78,7 +79,7 @@ def train(cfg, resume=False, data=None):
     data = read_data(cfg.out, data) if resume else (data or make_dataset(cfg))
     model = make_model(cfg, data).to(device)
     optimizers = make_optimizers(model, cfg)
-    rank, world = start_processes()
+    rank, world = start_processes()         # they wait here: all have checked the folder before one writes
     rows = load_checkpoint(cfg.out, model, data, optimizers) if resume else []
     if cfg.start and not resume:
         init_from(cfg.start, model, data)
@@ -93,14 +94,14 @@ def train(cfg, resume=False, data=None):
         with torch.autocast(device.type, torch.bfloat16, device.type == "cuda"):
             logits, _ = model(tokens[mine, :-1])                                    # (B, T - 1, V)
             loss = F.cross_entropy(logits.flatten(0, 1), targets[mine, 1:].flatten(), reduction="sum")
-        loss = loss / (targets[batch, 1:] != -100).sum()
+        loss = loss / (targets[batch, 1:] != -100).sum()                            # -100: not scored
         loss.backward()
         if world > 1:                               # one message sums loss and gradients over the processes
             parts = [loss.detach_(), *(p.grad for p in model.parameters())]
             dist.all_reduce(sums := parameters_to_vector(parts))
-            vector_to_parameters(sums, parts)
+            vector_to_parameters(sums, parts)       # write the sums back
 
-        # every so often evaluate and save; a resumed run has done so at its first step
+        # every so often evaluate and save
         if rank == 0 and step in due:
             if not loss.isfinite():
                 raise ValueError("the loss is nan or infinite: choose another --out and a lower --lr or "
@@ -113,7 +114,7 @@ def train(cfg, resume=False, data=None):
         if step == cfg.steps:
             break
 
-        # step
+        # update the weights: AdamW, then Muon
         for optimizer, peak in zip(optimizers, (cfg.lr, cfg.muon_lr)):
             for group in optimizer.param_groups:
                 group["lr"] = peak * schedule(step, cfg)
@@ -127,7 +128,7 @@ def train(cfg, resume=False, data=None):
 
 
 def schedule(step, cfg):
-    """The learning rate of a step, as a share of its peak: up to 1 in the first steps, then linearly down."""
+    """The learning rate of a step, as a share of its peak: up to 1 during warmup, then linearly down."""
     warm = max(1, round(min(cfg.warmup, 1) * cfg.steps))
     return min((step + 1) / warm, (cfg.steps - step) / (cfg.steps - warm + 1))
 
@@ -138,19 +139,19 @@ def capture_steps(cfg):
 
 
 def make_generator(purpose):
-    """A torch.Generator for each purpose, e.g. "0/order/3" for the third epoch of seed 0."""
+    """A generator of its own for each purpose, e.g. "0/order/3" for the order of epoch 3 with seed 0."""
     return torch.Generator().manual_seed(random.Random(purpose).getrandbits(63))
 
 
 def make_targets(cfg, split, device):
-    """Tokens (N, T) of a split, and the same as targets: -100 where a token is not scored."""
+    """Tokens (N, T) of a split, and targets: the same tokens, but -100 where they are not scored."""
     tokens = torch.from_numpy(split.tokens).to(device)
     scored = split.is_output if cfg.loss_on == "answer" else split.tokens != 0
     return tokens, tokens.where(torch.from_numpy(scored).to(device), -100)
 
 
 def pick_batch(cfg, n, step):
-    """(B,): which of n instances a step takes. Each epoch has a random order; no batch spans two epochs."""
+    """(B,): which of n instances a step takes. Each epoch is shuffled, and leaves out its last n % B."""
     size = min(cfg.batch_size, n)
     epoch, i = divmod(step, n // size)
     return torch.randperm(n, generator=make_generator(f"{cfg.seed}/order/{epoch}"))[i * size:(i + 1) * size]
@@ -164,22 +165,22 @@ def make_model(cfg, data):
 
 
 def make_optimizers(model, cfg):
-    """[AdamW], and Muon for the blocks' matrices; `train` sets their learning rates."""
+    """[AdamW] or [AdamW, Muon]: Muon takes the blocks' matrices. `train` sets the learning rates."""
     groups = defaultdict(list)
     for name, p in model.named_parameters():
-        matrix = cfg.optimizer == "muon" and name.startswith("blocks") and p.dim() == 2
-        groups[p.shape if matrix else "rest"].append(p)
+        by_muon = cfg.optimizer == "muon" and name.startswith("blocks") and p.dim() == 2
+        groups[p.shape if by_muon else "rest"].append(p)
     decay = {"weight_decay": cfg.weight_decay}
     adamw = torch.optim.AdamW(groups.pop("rest"), betas=(0.9, 0.95), fused=True, **decay)
-    alike = [{"params": params} for params in groups.values()]
-    return [adamw, Muon(alike, decay)] if alike else [adamw]
+    same_shape = [{"params": params} for params in groups.values()]
+    return [adamw, Muon(same_shape, decay)] if same_shape else [adamw]
 
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): a matrix moves by the running mean of its gradients, made orthogonal.
 
-    The same as torch.optim.Muon, but twice as fast on CPU: the matrices of one shape, a parameter group, go
-    together, and in float32, as few CPUs are fast in bfloat16.
+    As torch.optim.Muon, but twice as fast on CPU: a parameter group is the matrices of one shape, which are
+    updated together, in float32, as few CPUs are fast in bfloat16.
     """
 
     @torch.no_grad()
@@ -188,16 +189,16 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             params, lr = group["params"], group["lr"]
             grads = torch.stack([p.grad for p in params])
-            mean = self.state[params[0]].setdefault("mean", torch.zeros_like(grads))
+            mean = self.state[params[0]].setdefault("mean", torch.zeros_like(grads))    # of the group
             mean.lerp_(grads, 0.05)
             updates = orthogonal(grads.lerp(mean, 0.95))                        # Nesterov
-            rate = lr * max(1, grads.shape[1] / grads.shape[2]) ** 0.5
+            rate = lr * max(1, grads.shape[1] / grads.shape[2]) ** 0.5       # tall ones move further
             for p, update in zip(params, updates):
                 p.mul_(1 - lr * group["weight_decay"]).sub_(update, alpha=rate)
 
 
 def orthogonal(x):
-    """Matrices (P, m, n) -> the same with singular values brought near 1 (0.5 to 1.5).
+    """P matrices (P, m, n) -> the same with singular values brought near 1 (0.5 to 1.5).
 
     Five steps of a quintic Newton-Schulz iteration, with the coefficients of Jordan et al.
     """
@@ -211,7 +212,7 @@ def orthogonal(x):
 
 
 def pick_device():
-    """The GPU of this process, or the CPU where there is none. CUDA_VISIBLE_DEVICES="" hides them."""
+    """The GPU of this process, or the CPU where there is none. CUDA_VISIBLE_DEVICES="" hides all GPUs."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cpu")
@@ -227,20 +228,20 @@ def start_processes():
 
 @torch.inference_mode()
 def observe(model, split):
-    """Which instances are answered right, (N,) bool, and position -> (L + 1, n, C) float16 states.
+    """Which instances are answered right, (N,) bool, and position -> its n states (L + 1, n, C), float16.
 
     Right means that the greedy output is exactly the true one. That is so if, and only if, each of its tokens
-    and the <eos> after it is the likeliest next token given the true ones before it: one forward pass tells.
+    and the <eos> after it is the likeliest next token given the true ones before it, so one pass is enough.
     """
     tokens = torch.from_numpy(split.tokens).to(pick_device())
     guesses, states = [], defaultdict(list)
     for start in range(0, len(tokens), 128):
         logits, layers = model(tokens[start:start + 128, :-1])      # (B, T - 1, V)
         guesses.append(logits.argmax(-1).cpu())
-        layers = torch.stack(layers)                                # (L + 1, B, T - 1, C)
+        states_of_all = torch.stack(layers)                         # (L + 1, B, T - 1, C)
         for position, (rows, columns) in split.positions.items():
             here = (start <= rows) & (rows < start + 128)
-            states[position].append(layers[:, rows[here] - start, columns[here]].half().cpu())
+            states[position].append(states_of_all[:, rows[here] - start, columns[here]].half().cpu())
     right = (torch.cat(guesses).numpy() == split.tokens[:, 1:]) | ~split.is_output[:, 1:]
     return right.all(1), {position: torch.cat(x, 1).numpy() for position, x in states.items()}
 
@@ -262,19 +263,19 @@ def evaluate(model, data, path):
 
 
 def check_folder(cfg, resume):
-    """Raises ValueError if a new run would overwrite one, or a resumed one has other settings."""
+    """Raises ValueError if the folder of a new run is in use, or the settings of a resumed one changed."""
     if resume:
         stored = vars(read_config(cfg.out))
         changed = [key for key in stored if key != "out" and stored[key] != vars(cfg)[key]]
         if changed:
-            raise ValueError(f"{cfg.out} was begun with another {', '.join(changed)}: leave that out to go "
+            raise ValueError(f"{cfg.out} was begun with another {', '.join(changed)}: drop those flags to go "
                              "on, or choose another --out")
     elif Path(cfg.out, "config.json").exists():
         raise ValueError(f"{cfg.out} exists: choose another --out, delete it, or go on with --resume")
 
 
 def create_run(cfg, data, model, optimizers):
-    """Write what training does not change, the initial weights and, last, config.json: a run has begun."""
+    """Write the fixed files and the initial weights; config.json comes last and marks the run as begun."""
     os.makedirs(f"{cfg.out}/states", exist_ok=True)
     write_tasks(f"{cfg.out}/tasks.json", data.cut_into, data.tasks)
     write_arrays(f"{cfg.out}/states/labels.npz", make_labels(data))
@@ -292,11 +293,11 @@ def save_checkpoint(run, rows, model, optimizers):
 
 
 def load_checkpoint(run, model, data, optimizers=()):
-    """Load the last checkpoint of a run; return the metrics so far, a row an evaluation.
+    """Load the last checkpoint of a run; return the metrics so far, one row per evaluation.
 
     Raises ValueError if it is damaged, or if the model no longer gives the states that were captured then.
     """
-    with reading(f"{run}/ckpt.pt", "model.py or data.py has changed since, or it is damaged; undo that or "
+    with reading(f"{run}/ckpt.pt", "model.py or data.py has changed since, or it is damaged: undo that or "
                  "train again"):
         saved = torch.load(f"{run}/ckpt.pt", map_location=pick_device(), weights_only=True)
         model.load_state_dict(saved["model"])
@@ -305,6 +306,7 @@ def load_checkpoint(run, model, data, optimizers=()):
         if saved["rows"]:
             then = read_arrays(capture_path(run, saved["rows"][-1]["step"]))["subset/answer"]
             now = observe(model, data.splits["subset"])[1]["answer"]
+            # float16 and devices differ by less; nan fails, too
             if not np.abs(then - now).max() <= 0.002 * np.abs(then).max():
                 raise ValueError("its weights do not give the states of the last capture")
         return saved["rows"]
@@ -318,19 +320,19 @@ def load_model(run, data):
 
 
 def init_from(run, model, data):
-    """Start from the last weights of another run; of its embeddings, take the tokens and positions both have.
+    """Copy another run's last weights; of the embeddings, those of tokens and positions that both runs have.
 
     Raises ValueError if that run cannot be read, or its blocks are not like the model's.
     """
     other = read_data(run)
-    old = load_model(run, other)
-    cfg = old.cfg
+    source = load_model(run, other)
+    cfg = source.cfg
     if dataclasses.replace(model.cfg, vocab_size=cfg.vocab_size, block_size=cfg.block_size) != cfg:
-        raise ValueError(f"start: {run} has other blocks: give its n_layer, n_head and n_embd")
-    new = model.state_dict()                            # these share their memory with the model
+        raise ValueError(f"--start: {run} has other blocks, use its n_layer, n_head and n_embd")
+    new = model.state_dict()                            # writing into these writes into the model
     known = [token for token in data.vocabulary if token in other.vocabulary]
-    for key, old in old.state_dict().items():
-        here = there = slice(min(len(old), len(new[key])))      # the positions of both; all of anything else
+    for key, old in source.state_dict().items():
+        here = there = slice(min(len(old), len(new[key])))      # of positions those both have
         if key == "token.weight":
             here, there = ([d.vocabulary.index(token) for token in known] for d in (data, other))
         new[key][here] = old[there]
@@ -342,15 +344,15 @@ def read_config(run):
     with reading(path, "make a run with train.py"), open(path, encoding="utf-8") as file:
         stored = json.load(file)
         del stored["versions"]
-        cfg = Config(**stored)              # a knob that came after the run has its default
+        cfg = Config(**stored)              # a knob added since has its default
         cfg.check()
         return cfg
 
 
 def read_data(run, data=None):
-    """The data of a run, made again from its tasks.json, or what `train` was given for it.
+    """The data of a run, made again from its tasks.json unless `data` is given.
 
-    Raises ValueError if it is not the same as then.
+    Raises ValueError if it is not what the run had.
     """
     data = data or make_dataset(dataclasses.replace(read_config(run), tasks=f"{run}/tasks.json"))
     stored = read_arrays(f"{run}/states/labels.npz")
@@ -364,7 +366,7 @@ def read_data(run, data=None):
 def make_labels(data):
     """The content of labels.npz: "split/position/identity" -> (n,), a label for each state of a capture.
 
-    One more, `text`, is the instruction itself.
+    "split/position/text" is the instruction itself.
     """
     labels = {}
     for name in CAPTURED:
@@ -419,7 +421,7 @@ def write_arrays(path, arrays):
 def main():
     """Train a causal language model on instructions and keep its hidden states."""
     flags = Flags(Config, description=main.__doc__)
-    flags.add_argument("--preset", choices=PRESETS, default="default", help="what the other flags start from")
+    flags.add_argument("--preset", choices=PRESETS, default="default", help="settings to start from")
     flags.add_argument("--resume", action="store_true", help="go on from the last evaluation of --out")
     given = vars(flags.parse_args())
     name, resume = given.pop("preset"), given.pop("resume")
