@@ -54,6 +54,7 @@ BAD = [
     (r"[{}\]]", "bare", "escape it; a repetition is {m}, {m,} or {m,n}"),
     BAD_ESCAPE]
 MAX_DEPTH = 50          # groups inside groups
+MAX_CLASS = 10_000      # characters
 MAX_WORK = 700_000      # steps of one construction: about a second
 
 
@@ -137,8 +138,8 @@ class Regex:
         """n strings, uniform over the language, distinct if unique. Raises ValueError if it has too few."""
         if not 0 <= n <= (self.count if unique else n * self.count):      # repeats need one string
             raise ValueError(f"{n} strings of at most {self.max_len} characters were asked for, "
-                             f"{self.pattern!r:.60} has only {min(self.count, 10 ** 18)}: widen it, ask for "
-                             "fewer, or raise max_len")
+                             f"{self.pattern!r:.60} has only {min(self.count, 10 ** 18)}: widen it, lower "
+                             "n_train or n_val, or raise max_len")
         strings = []
         moved = {}                              # a Fisher-Yates shuffle that stores only what it has moved
         for i in range(n):
@@ -241,6 +242,8 @@ def _char_class(pattern, i):
         if member[2] and {low, high} & {*SETS} or high[-1] < low[-1]:
             _fail(pattern, f"bad range {member[0]}", member.start(), "it needs two characters, in order")
         chars |= SETS.get(low) or {*map(chr, range(ord(low[-1]), ord(high[-1]) + 1))}
+        if len(chars) > MAX_CLASS:
+            _fail(pattern, "too large a class", i, f"it may have {MAX_CLASS} characters")
     return PRINTABLE - chars if found[1] else chars, found.end()
 
 
@@ -290,7 +293,7 @@ class DataConfig:
     n_mappings: int = 5             # inputs, each with its output, of a random task
     n_inputs: int = 10              # pool of inputs that random tasks share
     n_outputs: int = 20             # pool of outputs that random tasks share
-    twins: bool = False             # random tasks in pairs, with the same inputs and different outputs
+    twins: bool = False             # random tasks in pairs of the same inputs and different outputs
     n_train: int = 20               # training instructions per regex
     n_val: int = 10                 # instructions per regex in subset, in val and in ood
     n_asked: int = 8                # inputs an instruction is taught with; `pairs` has as many others
@@ -389,7 +392,7 @@ def random_tasks(cfg):
 def write(path, content):
     """Write to a temporary file and rename it: a reader finds the old file or the new one."""
     aside = Path(f"{path}.tmp")
-    aside.write_text(content, encoding="utf-8")
+    aside.write_bytes(content.encode())
     os.replace(aside, path)
 
 
@@ -440,7 +443,7 @@ def read_tasks(path, max_len):
     overlap = find_overlap(patterns, max_len)
     if overlap:
         one, other = (patterns[i] for i in overlap)
-        raise ValueError(f"{path}: {one!r} and {other!r} have strings in common, make them disjoint")
+        raise ValueError(f"{path}: {one!r:.60} and {other!r:.60} have strings in common, make them disjoint")
     return spec["tokens"], [*tasks.values()]
 
 
@@ -557,11 +560,13 @@ def make_dataset(cfg):
         rng = random.Random(f"{cfg.seed}/instructions/{number}")
         held_out = pattern == tasks[t].held_out
         n_strings = cfg.n_val if held_out else cfg.n_train + cfg.n_val
+        turns = Counter()                       # how many inputs of a task have had their turn
         for i, string in enumerate(compile_regex(pattern, cfg.max_len).sample(n_strings, rng)):
             taught = rng.randrange(len(tasks)) if cfg.shuffle_tasks else t      # the task it stands for
             asks = [("", "")] if cfg.asks_for == "nothing" else [*tasks[taught].map.items()]
             random.Random(f"{cfg.seed}/turns/{number}/{taught}").shuffle(asks)
-            turn = i * n % len(asks)
+            turn = turns[taught] % len(asks)
+            turns[taught] += n
             asks = asks[turn:] + asks[:turn]            # those whose turn it is are in front
             name = "ood" if held_out else "train" if i < cfg.n_train else "val"
             parts = {name: asks[:n]}
@@ -622,14 +627,15 @@ def main():
     print(f"\ntask {task.name} maps {', '.join(map(' to '.join, task.map.items()))}")
     for pattern in [*task.distributions, task.held_out]:
         regex = compile_regex(pattern, cfg.max_len)
-        some = regex.sample(3, random.Random(0), unique=False)
         print(f"  {'held out' if pattern == task.held_out else 'regex'}  {pattern}   "
-              f"{min(regex.count, 10 ** 18):,} strings, e.g. {', '.join(some)}")
+              f"{min(regex.count, 10 ** 18):,} strings, e.g. "
+              f"{', '.join(regex.sample(3, random.Random(0), unique=False))}")
     for name, split in data.splits.items():
         print(f"\n{name}")
         for x in random.Random(0).choices(split.instances, k=5):
-            instruction, name = " ".join(cut(x.instruction, data.cut_into)), data.tasks[x.task].name
-            print(f"  {instruction} {SEP} {x.input} {ANS} {x.output} {EOS}   (task {name})")
+            instruction = " ".join(cut(x.instruction, data.cut_into))
+            print(f"  {instruction} {SEP} {x.input} {ANS} {x.output} {EOS}   "
+                  f"(task {data.tasks[x.task].name})")
 
 
 if __name__ == "__main__":

@@ -70,13 +70,13 @@ def train(cfg, resume=False, data=None):
     """Train as cfg says, or go on with the run in cfg.out; return that folder, laid out as README.md tells.
 
     `data`, a data.Dataset with subset, val and ood, replaces what cfg describes; pass it again to resume.
-    Raises ValueError for impossible settings or a folder in use, with nothing written, and if the loss is not
-    finite at an evaluation.
+    Raises ValueError for impossible settings or a folder in use, with nothing written, and if states become
+    nan or infinite.
     """
     cfg.check()
     check_folder(cfg, resume)
     device = pick_device()
-    data = read_data(cfg.out, data) if resume else (data or make_dataset(cfg))
+    data = read_data(cfg.out, data) if resume else data or make_dataset(cfg)
     model = make_model(cfg, data).to(device)
     optimizers = make_optimizers(model, cfg)
     rank, world = start_processes()         # they wait here: all have checked the folder before one writes
@@ -103,14 +103,11 @@ def train(cfg, resume=False, data=None):
 
         # every so often evaluate and save
         if rank == 0 and step in due:
-            if not loss.isfinite():
-                raise ValueError("the loss is nan or infinite: choose another --out and a lower --lr or "
-                                 "--muon-lr (the last good checkpoint is kept)")
             rows.append({"step": step, "loss": round(loss.item(), 4),
                          **evaluate(model, data, capture_path(cfg.out, step)),
                          "seconds": round(time.perf_counter() - begun, 1)})
             save_checkpoint(cfg.out, rows, model, optimizers)
-            print(*(f"{key} {value}" for key, value in rows[-1].items()), sep="   ", flush=True)
+            print(*(f"{key}={value}" for key, value in rows[-1].items()), flush=True)
         if step == cfg.steps:
             break
 
@@ -204,7 +201,7 @@ def orthogonal(x):
     """
     if x.shape[1] > x.shape[2]:
         return orthogonal(x.mT).mT
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = F.normalize(x, dim=(1, 2))
     for _ in range(5):
         gram = x @ x.mT         # below, x <- 3.4445 x + (2.0315 gram @ gram - 4.775 gram) @ x
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
@@ -247,7 +244,10 @@ def observe(model, split):
 
 
 def evaluate(model, data, path):
-    """Write a capture to `path`; return {"acc_subset": accuracy, ...}, of every split but train."""
+    """Write a capture to `path`; return {"acc_subset": accuracy, ...}, of every split but train.
+
+    Raises ValueError if the states are not finite.
+    """
     accuracies, states = {}, {}
     for name, split in data.splits.items():
         if name != "train":
@@ -255,6 +255,9 @@ def evaluate(model, data, path):
             accuracies[f"acc_{name}"] = round(right.mean().item(), 4)
             if name in CAPTURED:
                 states |= {f"{name}/{position}": x for position, x in read.items()}
+    if not all(np.isfinite(x).all() for x in states.values()):
+        raise ValueError("the states are nan or infinite: choose another --out and a lower --lr or --muon-lr "
+                         "(the last good checkpoint is kept)")
     write_arrays(path, states)
     return accuracies
 
@@ -270,8 +273,10 @@ def check_folder(cfg, resume):
         if changed:
             raise ValueError(f"{cfg.out} was begun with another {', '.join(changed)}: drop those flags to go "
                              "on, or choose another --out")
-    elif Path(cfg.out, "config.json").exists():
-        raise ValueError(f"{cfg.out} exists: choose another --out, delete it, or go on with --resume")
+    elif (not cfg.out or Path(f"{cfg.out}/config.json").exists()
+          or Path(f"{cfg.out}/states/000000.npz").exists()):
+        raise ValueError(f"{cfg.out!r} is in use, or no name: choose another --out, delete it, or go on with "
+                         "--resume")
 
 
 def create_run(cfg, data, model, optimizers):
