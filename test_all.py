@@ -1553,9 +1553,10 @@ def test_slow_a_demo_has_a_row_for_every_arm_and_goes_on_without_training_again(
     measured = {"seed", "measure", "value"}
     if name == "pretrain":
         assert all(row.keys() - {"step"} == measured | {"strategy", "n_train"} for row in rows)
+        points = len(train.capture_steps(train.Config(**{**apply.FINE_TUNE, **apply.QUICK})))
         assert Counter((row["strategy"], row["n_train"], row["measure"]) for row in rows) == {
             (strategy, n, measure): times for strategy in apply.STRATEGIES for n in apply.TAUGHT
-            for measure, times in {"acc_val": 3, "acc_ood": 3, "step to 0.5": 1, "step to 0.9": 1,
+            for measure, times in {"acc_val": points, "acc_ood": points, "step to 0.5": 1, "step to 0.9": 1,
                                    "val at the end": 1, "ood at the end": 1}.items()}
         probed = lines(out / "seed3" / "task_id" / "probe.jsonl")
         assert {row["measure"] for row in probed} == {*probe.MEASURES, *UNCLUSTERED}
@@ -1889,7 +1890,7 @@ BAD_TASKS = {
 PLACES = {      # what must be said of where and what is wrong
     "bad regex": "unclosed ( at position 1 of 'a(b'", "no map": "task 0: map",
     "no name": "task 0: name", "blank word": "task young: an input or output is blank", "key twice": "'cow', 'cow'",
-    "overlap": "(, please)?\\\\.' and 'Name its baby[.]' have strings in common", "same words": "'a ",
+    "overlap": "'Name its baby[.]' have strings in common", "same words": "'a ",
     "same words, later": "b", "same input": "task young: two inputs are the same words",
     "many inputs": "161", "regex not text": "task young: every output and every regex must be text",
     "too few strings": "10 strings of at most 128 characters were asked for, 'only this' has only 1",
