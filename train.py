@@ -232,12 +232,12 @@ def observe(model, split):
     """
     tokens = torch.from_numpy(split.tokens).to(pick_device())
     guesses, states = [], defaultdict(list)
-    for start in range(0, len(tokens), 128):
-        logits, layers = model(tokens[start:start + 128, :-1])      # (B, T - 1, V)
+    for start in range(0, len(tokens), 256):
+        logits, layers = model(tokens[start:start + 256, :-1])      # (B, T - 1, V)
         guesses.append(logits.argmax(-1).cpu())
         states_of_all = torch.stack(layers)                         # (L + 1, B, T - 1, C)
         for position, (rows, columns) in split.positions.items():
-            here = (start <= rows) & (rows < start + 128)
+            here = (start <= rows) & (rows < start + 256)
             states[position].append(states_of_all[:, rows[here] - start, columns[here]].half().cpu())
     right = (torch.cat(guesses).numpy() == split.tokens[:, 1:]) | ~split.is_output[:, 1:]
     return right.all(1), {position: torch.cat(x, 1).numpy() for position, x in states.items()}
