@@ -9,9 +9,9 @@ train: .venv/made   ## train the default run into runs/default, or go on with it
 	$(PY) train.py $(if $(wildcard runs/default/config.json),--resume)
 
 probe: .venv/made   ## cluster and score the captures of runs/default
-	$(PY) probe.py runs/default $(if $(wildcard runs/shuffled/probe.jsonl),--beside runs/shuffled)
+	$(PY) probe.py runs/default
 
-control: .venv/made  ## train and probe runs/shuffled, whose instructions get random tasks; then make probe
+control: .venv/made  ## train and probe runs/shuffled, whose instructions get random tasks
 	$(PY) train.py --shuffle-tasks --out runs/shuffled $(if $(wildcard runs/shuffled/config.json),--resume)
 	$(PY) probe.py runs/shuffled
 

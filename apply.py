@@ -30,7 +30,7 @@ from data import Dataset, Flags, command_line, encode
 import numpy as np
 import torch                # after data, which sets how torch's threads wait
 
-from probe import kmeans, probe, progress, rows_of, scores, surface
+from probe import kmeans, probe, progress, score_states, surface
 from train import (CAPTURED, Config, make_model, observe, pick_device, read_data, load_model, read_rows,
                    train, write_rows)
 
@@ -200,7 +200,7 @@ def find_clusters(features: dict[str, torch.Tensor], k: int, seed: int) -> Clust
     scatter = (x - x.mean(1, keepdim=True)).square().sum((1, 2))        # layer 0 has none
     left = torch.where(scatter > 1e-6 * x.square().sum((1, 2)), inertia / scatter, math.inf)
     layer = int(left.argmin())
-    centroids = centroids[layer].nan_to_num(math.inf)       # nan: an empty cluster, nobody's nearest
+    centroids = centroids[layer].float().nan_to_num(math.inf)       # nan: an empty cluster, nobody's nearest
     near = {name: torch.cdist(x[layer].float(), centroids, compute_mode="donot_use_mm_for_euclid_dist").min(1)
             for name, x in features.items()}
     nearest = {name: x.indices.numpy() for name, x in near.items()}
@@ -269,11 +269,10 @@ def joined(case: Case, states: dict[str, np.ndarray], step: int, **about) -> lis
     for position, x in states.items():
         task = case.data.splits["val"].labels(position)["task"]
         ids = {"task": np.where(case.unwanted[task], len(case.unwanted), task), "distribution": task}
-        for identity, measure, labels, regex, score in scores(torch.from_numpy(x)[None], ids, seed=case.seed):
-            if identity == "task" and measure in ("f1", "merge_ratio"):
-                rows += rows_of(score, labels, regex, case.seed, [step], position=position, split="val",
-                                identity="refusal", measure=measure)
-    return [{**about, **row} for row in rows]
+        for row in score_states(x[None], ids, [step], case.seed):
+            if row["identity"] == "task" and row["measure"] in ("f1", "merge_ratio"):
+                rows.append({**about, **row, "position": position, "split": "val", "identity": "refusal"})
+    return rows
 
 
 def align(out: Path, seeds: list[int], small: dict) -> list[dict]:
@@ -289,7 +288,9 @@ def align(out: Path, seeds: list[int], small: dict) -> list[dict]:
         case, device, k = make_case(cfg), pick_device(), cfg.n_tasks
         splits = {name: case.data.splits[name] for name in ("train", "val", "ood")}
         base, untrained = load_model(case.run, case.data), make_model(cfg, case.data).to(device)
-        features = {"guard_counts": {name: x[0] for name, x in surface(case.data, [*splits]).items()}}
+        texts = {name: [x.instances[row].instruction for row in x.positions["instruction"][0]]
+                 for name, x in splits.items()}
+        features = {"guard_counts": {name: x[0] for name, x in surface(texts).items()}}
         seen = {name: {split: observe(model, x) for split, x in splits.items()}
                 for name, model in {"guard_untrained": untrained, "guard": base}.items()}
         for name, of_model in seen.items():

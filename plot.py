@@ -248,7 +248,7 @@ def draw_film(run, data):
         task, some = ids["task"], np.random.default_rng(0).permutation(len(ids["task"]))[:500]
         regex = np.array([np.unique(ids["distribution"][task == t]).searchsorted(d)
                           for t, d in zip(task[some], ids["distribution"][some])])
-        states = read_states(run, shown, "val", position, len(task)).float()               # (S, L + 1, n, C)
+        states = read_states(run, shown, f"val/{position}", len(task)).float()            # (S, L + 1, n, C)
         states -= states.mean(2, keepdim=True)
         S, L = states.shape[:2]
         fig, axes = plt.subplots(L, S, squeeze=False, figsize=(1.8 * S, 1.8 * L + 0.5))

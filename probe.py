@@ -1,9 +1,9 @@
-"""Look into the hidden states of a run: do they form clusters, are these the tasks, are they used?
+"""Look into hidden states: do they form clusters, are these the tasks, are they used?
 
-    python probe.py runs/default                          score every capture, beside chance, into probe.jsonl
-    python probe.py runs/default --view raw centred       also with every input's mean state taken out
-    python probe.py runs/default --beside runs/shuffled   print the last scores of a probed run for comparison
-    python probe.py runs/default --patch                  exchange states: is the answer read from them?
+    python probe.py runs/default                      score every capture, beside chance, into probe.jsonl
+    python probe.py runs/default --view raw centred   also with every input's mean state taken out
+    python probe.py runs/default --patch              exchange states: is the answer read from them?
+    python probe.py FOLDER                            states of any model, in FOLDER/states, see README.md
 
 Figures 2 and 4 of the paper, and controls. Beside every score stands its null, the same score for permuted
 labels, and for clusterings by task a harder one, regrouped: regexes stay whole and are dealt to tasks at
@@ -11,7 +11,7 @@ random. Step 0 is the untrained network, layer 0 has not seen the instruction, a
 network at all. The paper does not say which F1 it means: ours counts pairs of points. Nothing is centred or
 scaled unless --view says so, and k is the number of classes.
 
-N points, C width, K clusters, (...) a batch: most often captures x layers, (S, L + 1).
+N points, C width, K classes or clusters, S captures, L blocks, (...) a batch: most often (S, L + 1).
 """
 import functools
 import itertools
@@ -22,165 +22,156 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from data import Dataset, Flags, Split, command_line
+from data import Flags, command_line, cut
 
 import numpy as np
 import torch                # after data, which sets how torch's threads wait
 import torch.nn.functional as F
 
-from train import (CAPTURED, capture_path, make_generator, observe, pick_device, read_arrays,
-                   read_config, read_data, load_model, read_rows, write_rows)
+from train import (capture_path, load_model, make_generator, make_labels, observe, pick_device, read_arrays,
+                   read_config, read_data, read_rows, write_rows)
 
 # ---------------------------------------------------------------- k-means
 
-GROUP = {"cpu": 4_000_000, "cuda": 64_000_000}      # distances at a time: 16 MB fill a cache, 256 MB a GPU
-ROUNDING = 1e-6         # squared distances below this share of the points' variance are taken for 0
+AT_ONCE = {"cpu": 2_000_000, "cuda": 16_000_000}    # distances held at a time
 SHORT = 10              # iterations after which only the best start goes on
-FAR = 1e18              # the coordinates of a centroid that no point is to choose
+ROUNDING = 1e-6         # a squared distance below this share of |x|^2 may be rounding alone: it counts as 0
+FAR = 1e18              # the coordinates of a centroid that no point chooses
 
 
-def kmeans(x, k: int, n_init: int = 8, max_iter: int = 100, seed: int = 0):
+def kmeans(x, k, n_init=8, max_iter=100, seed=0):
     """Lloyd's algorithm (1982) from greedy k-means++ (Arthur & Vassilvitskii 2007), best of n_init starts.
 
-    All starts run for SHORT iterations; the one that is best by then goes on until it stands still.
-    x (..., N, C): leading dimensions are a batch, whose members come out as they would alone. Returns labels
-    (..., N) int64, centroids (..., k, C) and inertia (...), the sum of squared distances to the centroids. A
-    cluster that loses its last point is sown anew at the point farthest from its centroid; if there are fewer
-    distinct points than k, the clusters left over stay empty and their centroids are nan. Points count as one
-    if they are closer than a thousandth of the standard deviation, beyond what float32 tells apart.
-    Raises ValueError for k outside 1..N and for values that are not finite.
+    x (..., N, C), a batch of problems -> labels (..., N), centroids (..., k, C), inertia (...), the sum of
+    squared distances to the centroids; the last two in float64. With fewer distinct points than k, clusters
+    stay empty and their centroids are nan. All starts run SHORT iterations, the best goes on to max_iter.
+    Raises ValueError for k outside 1..N, n_init or max_iter below 1, and values that are not finite.
     """
-    x, k = torch.as_tensor(x), int(k)
-    *batch, n, width = x.shape
-    if not 1 <= k <= n:
-        raise ValueError(f"k is {k}, it must be from 1 to the number of points, {n}")
-    draws = torch.rand(n_init, k, 2 + int(math.log(k)), generator=make_generator(f"{seed}/kmeans")).to(x.device)
-    parts = []
-    for some in x.reshape(-1, n, width).split(max(1, GROUP[x.device.type] // (n * draws[:, 0].numel()))):
-        mean = some.mean(1, keepdim=True, dtype=torch.float64).float()  # near the origin digits last longer
-        if not mean.isfinite().all():
+    x = torch.as_tensor(x)
+    *batch, N, C = x.shape
+    if not 1 <= k <= N or min(n_init, max_iter) < 1:
+        raise ValueError(f"k = {k} must be in 1..{N}, n_init = {n_init} and max_iter = {max_iter} at least 1")
+    trials = 2 + int(math.log(k))
+    draws = torch.rand(n_init, k, trials, generator=make_generator(f"{seed}/kmeans")).to(x.device)
+    results = []
+    for some in x.reshape(-1, N, C).split(max(1, AT_ONCE[x.device.type] // (N * n_init * trials))):
+        # centred in float64 and scaled: then float32 will do, whatever the origin and the unit
+        mean = some.mean(1, keepdim=True, dtype=torch.float64)
+        scale = (some - mean).abs().amax((1, 2), keepdim=True)
+        if not scale.isfinite().all():
             raise ValueError("k-means needs finite points, these hold nan or infinity")
-        some, problem = some.float() - mean, torch.arange(len(some), device=x.device)
-        _, starts, inertia = _lloyd(some, _sow(some, draws), min(SHORT, max_iter))
-        as_good = inertia <= (1 + 1e-5) * inertia.amin(1, keepdim=True)     # rounding is not to decide
-        best = starts[problem, as_good.int().argmax(1), None]               # (P, 1, k, C)
-        labels = _lloyd(some, best, max(1, max_iter - SHORT))[0][:, 0].long()
-        flat = (labels + k * problem[:, None]).flatten()
-        sums = some.new_zeros(len(some) * k, width).index_add_(0, flat, some.flatten(0, 1))
-        centroids = (sums / torch.bincount(flat, minlength=len(sums))[:, None]).view(-1, k, width)
-        own = centroids.gather(1, labels[..., None].expand_as(some))
-        parts.append((labels, centroids + mean, (some - own).square().sum((1, 2))))
-    labels, centroids, inertia = map(torch.cat, zip(*parts))
-    return labels.view(*batch, n), centroids.view(*batch, k, width), inertia.view(batch)
+        points = ((some - mean) / scale.clamp(min=1e-300)).float()
+        lifted, p = _lift(points), torch.arange(len(some), device=x.device)
+        _, centroids, costs = _lloyd(lifted, _plus_plus(lifted, draws), min(SHORT, max_iter))
+        best = centroids[p, _least(costs)][:, None]                             # (P, 1, k, C)
+        labels, centroids, _ = (a[:, 0] for a in _lloyd(lifted, best, max(1, max_iter - SHORT)))
+        inertia = (points - centroids[p[:, None], labels]).square().sum((1, 2)) * scale[:, 0, 0] ** 2
+        results.append((labels, (centroids * scale + mean).where(centroids < FAR, math.nan), inertia))
+    labels, centroids, inertia = map(torch.cat, zip(*results))
+    return labels.view(*batch, N), centroids.view(*batch, k, C), inertia.view(batch)
 
 
-def _lift(x):
-    """x (P, N, C) -> [x, |x|^2, 1] (P, N, C + 2), the form in which a distance is one product."""
-    return torch.cat([x, x.square().sum(-1, keepdim=True), torch.ones_like(x[..., :1])], -1)
+def _least(costs):
+    """(..., M) -> (...), the index of the least; of costs equal but for rounding, the first."""
+    return (costs <= (1 + 1e-5) * costs.amin(-1, keepdim=True)).int().argmax(-1)
 
 
-def _squared(centroids, lifted, room):
-    """Squared distances (P, M, N) from centroids (P, M, C), -2 c x + |x|^2 + |c|^2.
+def _lift(x, rounding=ROUNDING):
+    """(..., C) -> (..., C + 2), [x, 1, |x|^2]: its product with [-2c, |c|^2, 1] is a squared distance.
 
-    They are written into `room`, a flat array: to have fresh memory each time takes as long as the product.
+    |x|^2 is a little short, so that rounding leaves no distance > 0 between a point and itself.
     """
-    (P, M, _), N = centroids.shape, lifted.shape[1]
-    sizes = centroids.square().sum(-1, keepdim=True)
-    left = torch.cat([-2 * centroids, torch.ones_like(sizes), sizes], -1)
-    return torch.bmm(left, lifted.mT, out=room[:P * M * N].view(P, M, N))
+    length = x.square().sum(-1, keepdim=True)
+    return torch.cat([x, torch.ones_like(length), (1 - rounding) * length], -1)
 
 
-def _sow(x, draws):
-    """Greedy k-means++: P problems (P, N, C) and uniform draws (I, k, trials) -> I starts each (P, I, k, C).
+def _squared(centroids, lifted):
+    """Squared distances (..., M, N) between centroids (..., M, C) and lifted points (..., N, C + 2)."""
+    length = centroids.square().sum(-1, keepdim=True)
+    return torch.cat([-2 * centroids, length, torch.ones_like(length)], -1) @ lifted.mT
 
-    Each centroid is one of `trials` points, drawn by their squared distance to the centroids so far: the one
-    that lowers the sum of these distances the most. It is FAR if every point is a centroid already.
+
+def _plus_plus(x, draws):
+    """Greedy k-means++: lifted x (P, N, C + 2), uniform draws (S, k, T) -> first centroids (P, S, k, C).
+
+    Each centroid is the best of T points, drawn by their squared distance to the nearest centroid so far: the
+    one that lowers the sum of these distances most. It is FAR if all points are centroids already.
     """
-    (P, N, C), (I, k, trials), lifted = x.shape, draws.shape, _lift(x)
-    p, i = torch.arange(P, device=x.device)[:, None], torch.arange(I, device=x.device)
-    little = ROUNDING * lifted[..., C].mean(1, keepdim=True)
-    closest = torch.full((P, I, N), math.inf, device=x.device)
-    centroids, room = x.new_empty(P, I, k, C), x.new_empty(P * I * trials * N)
+    (P, N, _), (S, k, T) = x.shape, draws.shape
+    p, s = torch.arange(P, device=x.device)[:, None], torch.arange(S, device=x.device)
+    centroids = x.new_empty(P, S, k, x.shape[2] - 2)
+    closest = x.new_full((P, S, N), FAR)                        # at first all alike: the first is any point
     for j in range(k):
-        up_to = (closest if j else torch.ones_like(closest)).cumsum(2)
-        drawn = torch.searchsorted(up_to, draws[:, j] * up_to[..., -1:]).clamp(max=N - 1)   # (P, I, trials)
-        points = x[p, drawn.flatten(1)]
-        distances = _squared(points, lifted, room).view(P, I, trials, N)
-        torch.minimum(distances, closest[:, :, None], out=distances)
-        best = distances.sum(3).argmin(2)                                                   # (P, I)
-        chosen = points.view(P, I, trials, C)[p, i, best]
-        centroids[:, :, j] = torch.where((closest.amax(2) > little)[..., None], chosen, FAR)
-        closest = distances[p, i, best].clamp_(min=0)
+        up_to = closest.cumsum(2)
+        drawn = torch.searchsorted(up_to, draws[:, j] * up_to[..., -1:], right=True).clamp(max=N - 1)
+        candidates = x[p, drawn.flatten(1), :-2]                # (P, S T, C)
+        distances = _squared(candidates, x).view(P, S, T, N).minimum(closest[:, :, None])
+        best = _least(distances.sum(3))                         # (P, S)
+        chosen = candidates.view(P, S, T, -1)[p, s, best]
+        centroids[:, :, j] = chosen.where(up_to[..., -1:] > 0, FAR)
+        closest = distances[p, s, best].clamp(min=0)
     return centroids
 
 
 def _lloyd(x, centroids, max_iter):
-    """P problems (P, N, C), I starts each (P, I, k, C) -> labels (P, I, N), centroids, rough inertia (P, I).
+    """Lloyd's algorithm: lifted x (P, N, C + 2), S starts each, (P, S, k, C).
 
-    A problem whose starts have all converged drops out. The sums change by the points that change cluster; as
-    they are sums of lifted points, their last column is the clusters' sizes.
+    Returns labels (P, S, N), centroids (P, S, k, C) and costs (P, S), the sums of squared distances.
+    A problem drops out once the labels of all its starts stand still.
     """
-    (_, N, C), (P, I, k, _), device = x.shape, centroids.shape, x.device
-    labels, inertia = torch.empty(P, I, N, dtype=torch.int32, device=device), x.new_empty(P, I)
-    ends = torch.empty_like(centroids)
-    problem, own, nearest = torch.arange(P, device=device), torch.zeros_like(labels), x.new_empty(P, I, N)
-    group = GROUP[device.type]
-    sums, room = x.new_zeros(P, I, k, C + 2), x.new_empty(min(max(group, P * I * k), P * I * k * N))
-    number, low = torch.arange(k, dtype=torch.int32, device=device)[:, None], 2 ** (k - 1).bit_length() - 1
-    x = _lift(x)
-    for iteration in range(max_iter):
-        P, nearest = len(x), nearest[:len(x)]
-        moved = torch.zeros(P, dtype=torch.bool, device=device)
-        step = max(1, group // (P * I * max(k, C // 4)))
-        for s in (slice(start, start + step) for start in range(0, N, step)):
-            # The bits of a float >= 0 order as the float does: with the cluster's number in the lowest bits,
-            # the least key tells distance and cluster, many times as fast as min with an index would.
-            keys = _squared(centroids.flatten(1, 2), x[:, s], room).clamp_(min=0).view(torch.int32)
-            keys = keys.bitwise_and_(~low).view(P, I, k, -1).bitwise_or_(number).amin(2)
-            nearest[..., s], new = (keys & ~low).view(torch.float32), keys & low
-            if iteration == 0:                          # all are new: a product is faster
-                member = x.new_zeros(P, I, k, new.shape[2]).scatter_(2, new.long()[:, :, None], 1)
-                sums += (member.flatten(1, 2) @ x[:, s]).view_as(sums)
-                moved[:] = True
-            else:
-                p, i, n = (new != own[..., s]).nonzero(as_tuple=True)
-                points, first = x[p, n + s.start], (p * I + i) * k
-                for cluster, sign in (new[p, i, n], 1), (own[p, i, n + s.start], -1):
-                    sums.view(-1, C + 2).index_add_(0, first + cluster, points, alpha=sign)
-                moved[p] = True
-            own[..., s] = new
-        centroids = sums[..., :C] / sums[..., -1:]
-        for p, i in (sums[..., -1] == 0).any(2).nonzero().tolist():
-            empty = sums[p, i, :, -1] == 0
-            far = nearest[p, i].topk(int(empty.sum()))
-            apart = far.values > ROUNDING * x[p, :, C].mean()
-            centroids[p, i, empty] = torch.where(apart[:, None], x[p, far.indices, :C], FAR)
-        labels[problem], ends[problem], inertia[problem] = own, centroids, nearest.sum(2)
-        if not moved.all():
-            problem, x, centroids, own, sums = (a[moved] for a in (problem, x, centroids, own, sums))
-        if not len(x):
+    (P, S, k, C), N = centroids.shape, x.shape[1]
+    centroids, costs = centroids.clone(), x.new_empty(P, S)
+    labels = torch.full((P, S, N), -1, device=x.device)
+    moving = torch.arange(P, device=x.device)
+    for _ in range(max_iter):
+        nearest, new, sums = x.new_empty(len(moving), S, N), labels[moving], 0
+        step = max(1, AT_ONCE[x.device.type] // (len(moving) * S * k))
+        for some, near, label in zip(x[moving].split(step, 1), nearest.split(step, 2), new.split(step, 2)):
+            distances = _squared(centroids[moving].flatten(1, 2), some).view(-1, S, k, some.shape[1])
+            torch.min(distances, 2, out=(near, label))
+            member = torch.zeros_like(distances).scatter_(2, label[:, :, None], 1)
+            sums = sums + member.flatten(1, 2) @ some           # (P, S k, C + 2): the ones add up to sizes
+        nearest.clamp_(min=0)
+        sums, sizes, _ = sums.view(-1, S, k, C + 2).split([C, 1, 1], 3)
+        means = (sums / sizes).where(sizes > 0, FAR)
+        for p, s, j in (sizes[..., 0] == 0).nonzero().tolist():
+            # an emptied cluster starts anew at the point farthest from its centroid, if there is one apart
+            far = nearest[p, s].argmax()
+            if nearest[p, s, far] > 0:
+                means[p, s, j] = x[moving[p], far, :C]
+                nearest[p, s, far] = 0
+        moved = (new != labels[moving]).flatten(1).any(1)
+        labels[moving], centroids[moving], costs[moving] = new, means, nearest.sum(2)
+        moving = moving[moved]
+        if not len(moving):
             break
-    return labels, ends, inertia
+    return labels, centroids, costs
 
 
 # ---------------------------------------------------------------- scores of a clustering
-# A measure takes classes (..., N) and clusters (..., N), integers from 0, and gives a float or array (...).
+# A measure takes classes (..., N) and clusters (..., N), whole numbers, and gives a float or array (...).
 # n_ij counts points of class i in cluster j, a_i and b_j are its sums over j and i, C2(x) = x (x - 1) / 2.
 
 
-def contingency(classes, clusters) -> np.ndarray:
+def contingency(classes, clusters):
     """n_ij (..., classes, clusters), as floats. Raises ValueError for labels that do not belong together."""
     classes, clusters = np.asarray(classes), np.asarray(clusters)
-    if not classes.size or classes.shape[-1] != clusters.shape[-1] or min(classes.min(), clusters.min()) < 0 \
-            or classes.dtype.kind not in "biu" or clusters.dtype.kind not in "biu":
-        raise ValueError("a clustering needs two integers from 0 for each point, its class and its cluster")
+    whole = classes.dtype.kind in "biu" and clusters.dtype.kind in "biu"
+    if not whole or not classes.size or classes.shape[-1] != clusters.shape[-1]:
+        raise ValueError("a clustering needs two whole numbers for each point, its class and its cluster")
+    if min(classes.min(), clusters.min()) < 0 or max(classes.max(), clusters.max()) > classes.shape[-1]:
+        classes, clusters = numbered(classes), numbered(clusters)       # or the table would be huge
     classes, clusters = classes.astype(np.int64), clusters.astype(np.int64)     # small types would overflow
-    shape = classes.max() + 1, clusters.max() + 1
-    flat = classes * shape[1] + clusters
-    batch = flat.shape[:-1]
-    tables, cells = math.prod(batch), math.prod(shape)
-    flat = flat.reshape(tables, -1) + cells * np.arange(tables)[:, None]
-    return np.bincount(flat.ravel(), minlength=tables * cells).reshape(*batch, *shape).astype(float)
+    shape = *np.broadcast(classes, clusters).shape[:-1], classes.max() + 1, clusters.max() + 1
+    cell = classes * shape[-1] + clusters                       # (..., N): which n_ij a point adds to
+    cell = cell.reshape(-1, cell.shape[-1])
+    cell = cell + shape[-1] * shape[-2] * np.arange(len(cell))[:, None]
+    return np.bincount(cell.ravel(), minlength=math.prod(shape)).reshape(shape).astype(float)
+
+
+def numbered(labels):
+    """Labels of any type as 0, 1, 2 and so on, in sorted order."""
+    return np.unique(labels, return_inverse=True)[1].reshape(np.shape(labels))
 
 
 def pairs(x):
@@ -194,7 +185,7 @@ def ratio(x, y):
 
 
 def f1(classes, clusters):
-    """Pairwise F1: how well "in one cluster" tells "of one class", over all pairs of points; 0 to 1.
+    """Pairwise F1: how well "in one cluster" predicts "of one class", over all pairs of points; 0 to 1.
 
     TP = sum C2(n_ij), P = TP / sum C2(b_j), R = TP / sum C2(a_i), F1 = 2 P R / (P + R); 1 if there are no
     pairs in either. Chance: 1 / K for even clusters, 2 / (K + 1) for a single one. (Manning, Raghavan &
@@ -204,65 +195,14 @@ def f1(classes, clusters):
     return ratio(2 * pairs(n).sum((-1, -2)), pairs(n.sum(-1)).sum(-1) + pairs(n.sum(-2)).sum(-1))
 
 
-def matched_f1(classes, clusters):
-    """The mean F1 of the classes, each matched to a cluster of its own so that most points agree; 0 to 1.
+def class_f1(classes, clusters):
+    """The mean over classes of max_j 2 n_ij / (a_i + b_j), F1 with the cluster that suits it best; 0 to 1.
 
-    F1 of class i and cluster j is 2 n_ij / (a_i + b_j), 0 for a class without a cluster; of matchings with as
-    many points the one of highest F1 counts. Chance: somewhat over 1 / K, as the best of many is taken. (The
-    matching is that of clustering accuracy, Yang et al. 2010.)
+    Chance: somewhat over 1 / K, as the best of many is taken. (van Rijsbergen 1979; Larsen & Aone 1999.)
     """
     n = contingency(classes, clusters)
-    size = max(n.shape[-2:])
-    table = np.zeros((*n.shape[:-2], size, size))
-    table[..., :n.shape[-2], :n.shape[-1]] = n
-    of_pair = 2 * table / np.maximum(table.sum(-1, keepdims=True) + table.sum(-2, keepdims=True), 1)
-    value = table + of_pair / (size + 1)                    # one point outweighs all F1 together
-    column = match(value.reshape(-1, size, size)).reshape(*table.shape[:-1], 1)
-    return np.take_along_axis(of_pair, column, -1).sum((-1, -2)) / (table.sum(-1) > 0).sum(-1)
-
-
-def match(value: np.ndarray) -> np.ndarray:
-    """(B, n, n) -> (B, n): a column for each row, all different, so that the sum of the values is largest.
-
-    The Hungarian method (Kuhn 1955) by shortest augmenting paths (Jonker & Volgenant 1987): rows enter one by
-    one, and the cheapest chain of swaps that ends in a free column makes room. The batch goes in step.
-    """
-    batch, n, _ = value.shape
-    cost = value.max((1, 2), keepdims=True) - value
-    u, v = cost.min(2), np.zeros((batch, n))            # potentials: cost - u - v >= 0, and 0 where matched
-    row_of, column_of = np.full((batch, n), -1), np.full((batch, n), -1)
-    for start in range(n):
-        late = 1e-12 * (row_of >= 0)                    # of columns as near, a free one is to come first
-        length, came_from, price = np.full((batch, n), math.inf), np.zeros((batch, n), int), v.copy()
-        done, reached, sink = np.full((batch, n), math.inf), np.zeros(batch), np.zeros(batch, int)
-        b, row, came = np.arange(batch), np.full(batch, start), came_from
-        # Dijkstra, in those (b) that have no free column yet; length, price, came and late are theirs alone,
-        # and a column that is done has length inf and price -inf, so that it stays so
-        while len(b):
-            new = cost[b, row]
-            new -= price
-            new += (reached[b] - u[b, row])[:, None]
-            shorter = new < length
-            np.copyto(length, new, where=shorter)
-            np.copyto(came, row[:, None], where=shorter)
-            i, j = np.arange(len(b)), np.add(length, late, out=new).argmin(1)
-            reached[b] = done[b, j] = length[i, j]
-            length[i, j], price[i, j], sink[b], row = math.inf, -math.inf, j, row_of[b, j]
-            if (row < 0).any():
-                came_from[b], on = came, row >= 0
-                b, row, length, price, came, late = (a[on] for a in (b, row, length, price, came, late))
-        slack = np.where(done < math.inf, reached[:, None] - done, 0)
-        v -= slack
-        u[:, start] += reached
-        b, j = np.nonzero((done < math.inf) & (row_of >= 0))
-        u[b, row_of[b, j]] += slack[b, j]
-        b, j = np.arange(batch), sink
-        while len(b):                                   # back along the path, each row takes the next column
-            row = came_from[b, j]
-            row_of[b, j] = row
-            column_of[b, row], j = j, column_of[b, row]
-            b, j = b[row != start], j[row != start]
-    return column_of
+    a, b = n.sum(-1, keepdims=True), n.sum(-2, keepdims=True)
+    return (2 * n / np.maximum(a + b, 1)).max(-1).sum(-1) / (a > 0).sum((-1, -2))
 
 
 def ari(classes, clusters):
@@ -290,8 +230,8 @@ def information(n):
 def nmi(classes, clusters):
     """Mutual information over the mean of the two entropies; 0 to 1, 1 if both partitions are one cluster.
 
-    Chance is above 0, and the more so the fewer points a cluster has. (Strehl & Ghosh 2002; with this mean it
-    is the V-measure, Rosenberg & Hirschberg 2007.)
+    Chance is above 0, and the more so the fewer points a cluster has. (Kvalseth 1987; with this mean it is
+    the V-measure, Rosenberg & Hirschberg 2007.)
     """
     a, b, shared = information(contingency(classes, clusters))
     return ratio(2 * shared, a + b)
@@ -313,7 +253,7 @@ def ami(classes, clusters):
 
 
 @functools.lru_cache(maxsize=1024)          # permuted labels ask for the same sizes again
-def expected_information(a: tuple, b: tuple) -> float:
+def expected_information(a, b):
     """Mutual information, on average, of random partitions into sizes a and b: n_ij is hypergeometric."""
     total, value = sum(a), 0.0
     log_factorial = np.concatenate([[0], np.log(np.arange(1, total + 1)).cumsum()])
@@ -325,19 +265,6 @@ def expected_information(a: tuple, b: tuple) -> float:
     return value
 
 
-def bcubed_f1(classes, clusters):
-    """The harmonic mean of precision and recall of a point, averaged over the points; above 0, to 1.
-
-    A point's precision is the share of its cluster, itself included, that is of its class; its recall the
-    share of its class that is in its cluster. Chance: somewhat over 1 / K, more if clusters are small. (Bagga
-    & Baldwin 1998; Amigo et al. 2009.)
-    """
-    n = contingency(classes, clusters)
-    precision, recall = (
-        (n ** 2 / np.maximum(n.sum(axis, keepdims=True), 1)).sum((-1, -2)) for axis in (-2, -1))
-    return 2 * precision * recall / (precision + recall) / n.sum((-1, -2))
-
-
 def purity(classes, clusters):
     """The share of points that are of the most frequent class of their cluster; above 0, to 1.
 
@@ -347,235 +274,354 @@ def purity(classes, clusters):
     return n.max(-2).sum(-1) / n.sum((-1, -2))
 
 
-MEASURES = {        # one more line adds a measure to every row
-    "f1": f1, "matched_f1": matched_f1, "ari": ari, "nmi": nmi, "ami": ami, "bcubed_f1": bcubed_f1,
-    "purity": purity}
+# One more line adds a measure to every row: MEASURES["name"] = a function of classes and clusters.
+MEASURES = {"f1": f1, "class_f1": class_f1, "ari": ari, "nmi": nmi, "ami": ami, "purity": purity}
 
 
 # ---------------------------------------------------------------- scores without a clustering
 
 
-def means(x: torch.Tensor, classes) -> torch.Tensor:
+def means(x, classes):
     """x (..., N, C), classes (N,) from 0 -> the mean of each class (..., K, C), nan if it has no points."""
     member = F.one_hot(torch.as_tensor(classes, device=x.device)).to(x.dtype)
     return member.T @ x / member.sum(0)[:, None]
 
 
-def nc1(x: torch.Tensor, classes) -> np.ndarray:
+def nc1(x, classes):
     """Within-class over between-class scatter, trace(S_W S_B^+) / K: x (..., N, C), classes (N,) -> (...).
 
-    From 0, where each class has collapsed into one point; at chance, large. nan where all means are one.
-    S_W is the mean square of a point about its class, S_B of a class about their mean. (Papyan, Han & Donoho
-    2020.)
+    From 0, where each class has collapsed into one point; at chance large, and the larger the more dimensions
+    there are. nan where all means coincide. S_W is the mean square of a point about its class, S_B of a class
+    about their mean. (Papyan, Han & Donoho 2020.)
     """
-    x, classes = x.double(), np.unique(classes, return_inverse=True)[1]
+    x, classes = torch.as_tensor(x).double(), numbered(classes)
     x = x - x.mean(-2, keepdim=True)
-    between, share = means(x, classes), np.bincount(classes) / len(classes)
-    within = x.mT @ x / len(classes) - between.mT * torch.from_numpy(share).to(x.device) @ between
-    between = between - between.mean(-2, keepdim=True)          # M: S_B = M^T M / K, and the two K cancel
-    inverse = torch.linalg.pinv(between @ between.mT, rtol=1e-10, hermitian=True)
-    value = (inverse @ between @ within @ between.mT @ inverse).diagonal(dim1=-2, dim2=-1).sum(-1)
-    apart = between.square().sum((-1, -2)) > 1e-12 * x.square().sum((-1, -2))
+    of_class = means(x, classes)
+    m = of_class - of_class.mean(-2, keepdim=True)              # S_B = M^T M / K, and the two K cancel
+    inverse = torch.linalg.pinv(m @ m.mT, rtol=1e-10, hermitian=True)
+    along = (x - of_class[..., classes, :]) @ m.mT @ inverse    # (..., N, K): nothing of C x C is built
+    value = along.square().sum((-1, -2)) / len(classes)
+    apart = m.square().sum((-1, -2)) > 1e-12 * x.square().sum((-1, -2))
     return torch.where(apart, value, math.nan).cpu().numpy()
 
 
-def merge_ratio(distances: torch.Tensor, tasks) -> np.ndarray:
-    """Mean distance between centroids of regexes of one task over that of regexes of different tasks.
+def regex_distances(x, units):
+    """Distances (S, L + 1, D, D) between the mean states of units: x (S, L + 1, N, C), units (N,)."""
+    centroids = (means(some.float(), numbered(units)) for some in x)
+    return np.stack([torch.cdist(c, c, compute_mode="donot_use_mm_for_euclid_dist").cpu() for c in centroids])
 
-    distances (..., D, D) between the centroids, tasks (D,) -> (...). 1 at chance, 0 where a task's regexes
-    have merged; nan where no task has two, no two are of different tasks, or all centroids are one.
+
+def merge_ratio(distances, tasks, groups):
+    """Mean distance between regexes of one task over that between regexes of different tasks.
+
+    Only regexes of one group, say, of one input, are compared: distances holds (..., D, D) for each group,
+    tasks and groups (sum of D,) say of which task and group each regex is. 1 at chance, 0 where a task's
+    regexes have merged; nan where no task has two, no two are of different tasks, or all coincide.
     """
-    tasks = torch.as_tensor(tasks)
-    same, off = tasks[:, None] == tasks, ~torch.eye(len(tasks), dtype=torch.bool)
-    return (distances[..., same & off].mean(-1) / distances[..., ~same].mean(-1)).numpy()
+    total, count = [0, 0], [0, 0]
+    for group, distance in zip(np.unique(groups), distances):
+        own = tasks[groups == group]
+        same = own[:, None] == own
+        for i, some in enumerate([same & ~np.eye(len(own), dtype=bool), ~same]):
+            total[i] += distance[..., some].sum(-1)
+            count[i] += some.sum()
+    with np.errstate(invalid="ignore"):
+        return (total[0] / count[0]) / (total[1] / count[1])
 
 
-def knn(train, query, k: int) -> torch.Tensor:
-    """(Q, k) indices of the k points of train (N, C) nearest to each of query (Q, C), nearest first.
+def knn(train, query, k):
+    """The k points of train (N, C) nearest to each of query (Q, C): (Q, k) indices, nearest first.
 
-    The distance is Euclidean; equal ones come in order of the index. Raises ValueError for k outside 1..N and
-    for values that are not finite.
+    Distances are Euclidean; equal ones go by the index. Raises ValueError for k outside 1..N and values that
+    are not finite.
     """
-    train, query = torch.as_tensor(train).float(), torch.as_tensor(query).float()
+    train, query = torch.as_tensor(train).double(), torch.as_tensor(query).double()
     if not 1 <= k <= len(train):
         raise ValueError(f"k is {k}, it must be from 1 to the number of points, {len(train)}")
     if not (train.isfinite().all() and query.isfinite().all()):
         raise ValueError("neighbours need finite points, these hold nan or infinity")
-    # Near the origin digits last longer; a mean rounded to a coarse power of two keeps exact ties exact.
-    grid = 2 ** train.std(correction=0).clamp(min=1e-30).log2().floor()
-    mean = (train.mean(0, dtype=torch.float64) / grid).round().float() * grid
-    train, query = train - mean, query - mean
-    norms, index = train.square().sum(1), torch.arange(len(train), device=train.device)
-    found = index.new_empty(len(query), k)
-    step = max(32, GROUP[train.device.type] // (8 * len(train)))
-    squared, keys = train.new_empty(step, len(train)), index.new_empty(step, len(train))
-    for some, into in zip(query.split(step), found.split(step)):
-        near, key = squared[:len(some)], keys[:len(some)]
-        torch.addmm(norms, some, train.T, alpha=-2, out=near).add_(some.square().sum(1, keepdim=True))
-        # the bits of the distance (-0 made 0) order as it does, and the index below them settles ties
-        key.copy_(near.clamp_(min=0).abs_().view(torch.int32)).bitwise_left_shift_(32).bitwise_or_(index)
-        into.copy_(key.topk(k, largest=False).values & 0xFFFFFFFF)
-    return found
+    origin = train.median(0).values                             # where most points are, rounding is least
+    unit = 2 ** (train - origin).abs().max().clamp(min=1e-300).log2().floor()       # keeps ties exact
+    lifted, query, found = _lift((train - origin) / unit, 0), (query - origin) / unit, []
+    for some in query.split(max(1, 4 * AT_ONCE[train.device.type] // len(train))):
+        squared = _squared(some, lifted)
+        farthest = squared.topk(k, largest=False).values[:, -1:]
+        near = squared.topk(int((squared <= farthest).sum(1).max()), largest=False).indices.sort(1).values
+        order = squared.gather(1, near).argsort(dim=1, stable=True)[:, :k]     # equal ones stay in order
+        found.append(near.gather(1, order))
+    return torch.cat(found)
 
 
-def vote(labels: np.ndarray) -> np.ndarray:
+def vote(labels):
     """The majority of labels (..., K), those of the nearest first -> (...); of a tie the nearest counts."""
     votes = sum(labels == labels[..., k:k + 1] for k in range(labels.shape[-1]))
     return np.take_along_axis(labels, votes.argmax(-1)[..., None], -1)[..., 0]
 
 
-# ---------------------------------------------------------------- the probe of a run
+def cosines(x, tasks):
+    """x (..., N, C), tasks (N,) -> (..., K, K), the mean cosine between centred states of every two tasks."""
+    x = F.normalize(x.float() - x.float().mean(-2, keepdim=True), dim=-1)
+    m = means(x, tasks)
+    return (m @ m.mT).cpu().numpy()
 
-N_NULL = 20             # permutations of the labels behind every null
-NEIGHBOURS = 10         # states of subset that each state of val and ood is compared with
+
+def rsa(similar, overlap):
+    """Correlation over pairs of tasks of two similarities (..., K, K) -> (...); nan where one does not vary.
+
+    (Kriegeskorte, Mur & Bandettini 2008.)
+    """
+    above = np.triu_indices(len(overlap), 1)
+    x, y = (z[..., *above] - z[..., *above].mean(-1, keepdims=True) for z in (similar, overlap))
+    size = np.sqrt((x ** 2).sum(-1) * (y ** 2).sum(-1))
+    return np.where(size > 1e-9, (x * y).sum(-1) / np.where(size > 1e-9, size, 1), math.nan)
+
+
+# ---------------------------------------------------------------- from states to rows
+
+N_NULL = 20             # draws of every null
+NEIGHBOURS = 10         # states of subset that each state of another split is compared with
 LOWER = "nc1", "merge_ratio"    # the less, the more clustered: these pass their null_95 from above
 
-def numbered(labels):
-    """Labels of any type as 0, 1, 2 and so on."""
-    return np.unique(labels, return_inverse=True)[1]
-
-
-VIEWS = {       # what is done to the states (..., n, C) of a split, whose identities are `ids`, at first
-    "raw": lambda x, ids: x,
-    "centred": lambda x, ids: x - means(x, numbered(ids["input"]))[..., numbered(ids["input"]), :],
-    "standardised": lambda x, ids: (
-        x - x.mean(-2, keepdim=True)) / x.std(-2, correction=0, keepdim=True).clamp(min=1e-6),
+VIEWS = {       # what is done to states (..., N, C), whose inputs are numbered `inputs`, at first
+    "raw": lambda x, inputs: x,                     # which may stay float16, half the memory
+    "centred": lambda x, inputs: x.float() - means(x.float(), inputs)[..., inputs, :],
+    "standardised": lambda x, inputs: F.layer_norm(x.float().mT, x.shape[2:3], eps=1e-12).mT,
 }
 
 
-def kept_steps(run):
+def deal(labels, units, groups, seed):
+    """The draws of a null: labels of units, dealt to the units at random within each group. All are (N,)."""
+    first = np.unique(units, return_index=True)[1]              # a point of each unit
+    labels, group, units = labels[first], groups[first], numbered(units)
+    draws = []
+    for i in range(N_NULL):
+        order = torch.randperm(len(first), generator=make_generator(f"{seed}/null/{i}")).numpy()
+        shuffled = order[np.argsort(group[order], kind="stable")]       # group by group, at random within
+        dealt = np.empty_like(labels)
+        dealt[np.argsort(group, kind="stable")] = labels[shuffled]
+        draws.append(dealt[units])
+    return draws
+
+
+def beside(score, labels, **nulls):
+    """score(labels) (S, L + 1) as `value`; of each null the mean, and the bounds that 95 % of draws keep."""
+    columns = {"value": score(labels)}
+    for name, draws in nulls.items():
+        scores = [score(draw) for draw in draws]
+        columns[f"{name}_mean"] = np.mean(scores, 0)
+        columns[f"{name}_95"] = np.quantile(scores, 0.95, 0, method="higher")
+        columns[f"{name}_5"] = np.quantile(scores, 0.05, 0, method="lower")
+    return columns
+
+
+def score_states(states, labels, steps, seed=0, known=None, overlaps=()):
+    """Score states (S, L + 1, N, C) by every identity of labels, name -> (N,) of any type; return rows.
+
+    A row has step, layer, identity, measure, value and its nulls: null_mean and null_95, of permuted labels,
+    and for `task`, if there are labels `distribution`, regrouped_mean and regrouped_95: whole regexes are
+    dealt to the tasks. If there are labels `input`, both are dealt within each input. A number that is not
+    defined is None. k-means is fitted to these states: the question is whether there are clusters, not
+    whether those of others are found again.
+
+    known: (states, labels) to find neighbours among. overlaps: name -> (K, K), how much tasks have in common.
+    """
+    x, rows = torch.as_tensor(states), []
+    number = {identity: numbered(of) for identity, of in labels.items()}
+    everyone, task, regex = np.arange(x.shape[2]), number.get("task"), number.get("distribution")
+    inputs = number.get("input", np.zeros(len(everyone), int))
+
+    def add(identity, measure, columns):
+        for s, layer in np.ndindex(columns["value"].shape):
+            row = {"step": steps[s], "layer": layer, "identity": identity, "measure": measure}
+            for name in "value", "null_mean", "null_95", "regrouped_mean", "regrouped_95":
+                column = columns.get(name.replace("95", "5") if measure in LOWER else name)
+                value = math.nan if column is None else float(column[s, layer])
+                row[name] = None if math.isnan(value) else value
+            rows.append(row)
+
+    if task is not None and regex is not None:
+        units = numbered([f"{i} {r} {t}" for i, r, t in zip(inputs, regex, task)])
+    for identity, classes in number.items():
+        nulls = {"null": deal(classes, everyone, 0 * inputs if identity == "input" else inputs, seed)}
+        if identity == "task" and regex is not None:
+            nulls["regrouped"] = deal(classes, units, inputs, seed)
+        if identity == "input_set" and task is not None and f1(task, classes) == 1:
+            continue                        # each task has inputs of its own: this says what `task` does
+        clusters = kmeans(x, int(classes.max()) + 1, seed=seed)[0].cpu().numpy()            # (S, L + 1, N)
+        for name, measure in MEASURES.items():
+            add(identity, name, beside(lambda c: measure(c, clusters), classes, **nulls))
+        if identity == "task":
+            add(identity, "nc1", beside(lambda c: np.stack([nc1(some, c) for some in x]), classes, **nulls))
+
+    if task is not None and regex is not None:
+        first = np.unique(units, return_index=True)[1]
+        group, of_unit = inputs[first], task[first]
+        distances = [regex_distances(x[:, :, inputs == i], units[inputs == i]) for i in np.unique(inputs)]
+        dealt = deal(of_unit, np.arange(len(first)), group, seed)
+        add("task", "merge_ratio", beside(lambda c: merge_ratio(distances, c, group), of_unit, null=dealt))
+    if task is not None and overlaps:
+        similar = np.stack([cosines(some, task) for some in x])
+        tasks = np.arange(similar.shape[-1])
+        orders = deal(tasks, tasks, 0 * tasks, seed)
+        for name, overlap in overlaps.items():
+            if overlap.shape != similar.shape[-2:] or len(overlap) < 2:
+                continue                    # of other tasks, or of a single one
+            shuffled = [overlap[order][:, order] for order in orders]
+            add(name, "rsa", beside(lambda o: rsa(similar, o), overlap, null=shuffled))
+    if known and known[0].shape[-1] == x.shape[-1] and len(known[0][0]) == len(x[0]):
+        others, of_others = torch.as_tensor(known[0]), known[1]
+        near = find_neighbours(others, x, of_others.get("distribution", everyone[:1]))
+        closest = near[..., :NEIGHBOURS]
+        theirs = numbered(of_others["input"]) if "input" in of_others else np.zeros(others.shape[2], int)
+        for identity in ("task", "output"):
+            if identity in labels and identity in of_others:
+                own, other = np.asarray(labels[identity]), np.asarray(of_others[identity])
+                dealt = deal(other, np.arange(len(other)), theirs, seed)
+                add(identity, f"knn_{identity}",
+                    beside(lambda c: (vote(c[closest]) == own).mean(-1), other, null=dealt))
+                if identity == "task":
+                    add(identity, "knn_share",
+                        beside(lambda c: (c[closest] == own[:, None]).mean((-1, -2)), other, null=dealt))
+                    if regex is not None and "distribution" in of_others:
+                        theirs_too = np.asarray(of_others["distribution"])[near]
+                        of_own = theirs_too == np.asarray(labels["distribution"])[:, None]
+                        others_first = np.argsort(of_own, -1, kind="stable")[..., :NEIGHBOURS]
+                        apart = np.take_along_axis(near, others_first, -1)
+                        share = beside(lambda c: (c[apart] == own[:, None]).mean((-1, -2)), other, null=dealt)
+                        if (~of_own).sum(-1).min() >= NEIGHBOURS:       # or there are too few others
+                            add(identity, "knn_share_other", share)
+    return rows
+
+
+def find_neighbours(known, query, regex):
+    """Indices (S, L + 1, Q, k) of the states of known that are nearest to each of query, nearest first.
+
+    So many that NEIGHBOURS are left without those of any one regex.
+    """
+    k = min(NEIGHBOURS + np.unique(regex, return_counts=True)[1].max(), known.shape[2])
+    near = [knn(a, b, int(k)) for a, b in zip(known.flatten(0, 1), query.flatten(0, 1))]
+    return torch.stack(near).view(*query.shape[:3], -1).cpu().numpy()
+
+
+def kept_steps(folder):
     """The steps whose captures are there; other files, as editors leave them, do not count."""
-    return sorted(int(path.stem) for path in Path(run).glob("states/*.npz") if path.stem.isdecimal())
+    return sorted(int(path.stem) for path in Path(folder).glob("states/*.npz") if path.stem.isdecimal())
 
 
-def read_states(run: str | Path, steps: list[int], split: str, position: str, n: int) -> torch.Tensor:
-    """The states (S, L + 1, n, C) of a split at a position, float16. Raises ValueError for a damaged file."""
-    name, states = f"{split}/{position}", []
+def read_labels(folder):
+    """position -> split -> identity -> (N,), from labels.npz, or made anew for a run: identities may be new.
+
+    Raises ValueError if there are none, or not as many of every identity.
+    """
+    path = f"{folder}/states/labels.npz"
+    arrays = make_labels(read_data(folder)) if is_run(folder) else read_arrays(path)
+    labels = {}
+    for name, of in arrays.items():
+        split, position, identity, *more = [*name.split("/"), "", ""][:4]
+        ids = labels.setdefault(position, {}).setdefault(split, {})
+        ids[identity] = of
+        if not identity or position == "surface" or of.ndim != 1 or not len(of) == len(ids[min(ids)]) > 0:
+            raise ValueError(f"{path}: {name} must be called split/position/identity, and have as many "
+                             "labels as other identities of that split and position")
+    return labels
+
+
+def is_run(folder):
+    """Whether a folder is a run, rather than nothing but states."""
+    return Path(folder, "config.json").exists()
+
+
+def read_states(folder, steps, name, n):
+    """The states (S, L + 1, n, C) called name, as split/position. Raises ValueError if they do not fit."""
+    states = []
     for step in steps:
-        path = capture_path(run, step)
-        states.append(read_arrays(path)[name])
-        if states[-1].shape[1:2] != (n,) or states[-1].shape != states[0].shape:
-            raise ValueError(f"{path} and {run}/states/labels.npz do not fit together: train the run again")
-        if not np.isfinite(states[-1]).all():
-            raise ValueError(f"{path} holds nan or infinity: train again with a lower lr")
+        path = capture_path(folder, step)
+        x = read_arrays(path).get(name, np.zeros(0))
+        states.append(x)
+        if x.ndim != 3 or not x.size or x.shape[1] != n or x.shape != states[0].shape or x.dtype.kind != "f":
+            raise ValueError(f"{path} and labels.npz do not fit: {name} must be floats, layers x {n} states "
+                             "x width, at every step")
+        if not np.isfinite(x).all() or float(np.abs(x).max()) > 1e30:
+            raise ValueError(f"{path}: {name} holds nan or infinity, or more than 1e30; train with a lower lr")
     return torch.from_numpy(np.stack(states))
 
 
-def surface(data: Dataset, names=CAPTURED) -> dict[str, torch.Tensor]:
-    """No network at all: split -> (1, 1, n, F), how often each token and bigram is in an instruction."""
+def surface(texts):
+    """No network at all: split -> texts (N,) becomes split -> (1, 1, N, F), counts of tokens and bigrams."""
+    spaced = any(" " in text for some in texts.values() for text in some)
     bags = {}
-    for name in names:
-        split = data.splits[name]
-        texts = (split.tokens[row, :column].tolist() for row, column in zip(*split.positions["instruction"]))
-        bags[name] = [Counter([*text, *zip(text, text[1:])]) for text in texts]
-    grams = {gram: None for some in bags.values() for bag in some for gram in bag}
-    return {name: torch.tensor([[bag[gram] for gram in grams] for bag in some], dtype=torch.float)[None, None]
-            for name, some in bags.items()}
+    for split, some in texts.items():
+        tokens = [cut(text, "words" if spaced else "characters") for text in some]
+        bags[split] = [Counter([*of, *zip(of, of[1:])]) for of in tokens]
+    grams = sorted({gram for some in bags.values() for bag in some for gram in bag}, key=str) or [""]
+    return {split: torch.tensor([[[[bag[gram] for gram in grams] for bag in some]]], dtype=torch.float)
+            for split, some in bags.items()}
 
 
-def scores(states: torch.Tensor, ids: dict[str, np.ndarray], known=None, seed: int = 0):
-    """Yield (identity, measure, labels, regex, score) for states (S, L + 1, n, C).
-
-    score(labels) is (S, L + 1). regex (n,) numbers the regexes of the states where labels are their tasks, or
-    is None. `known`, if given, is states and identities to find neighbours among. k-means is fitted to these
-    states: the question is whether there are clusters, not whether those of others are found again.
-    """
-    task = ids["task"]
-    pair = task * (1 + ids["distribution"].max()) + ids["distribution"]     # shuffled, a regex has many tasks
-    _, one, regex = np.unique(pair, return_index=True, return_inverse=True)
-    for identity, classes in ids.items():
-        classes = np.unique(classes, return_inverse=True)[1]
-        if identity == "input_set" and classes.max() == task.max() == len(set(zip(classes, task))) - 1:
-            continue                        # each task has inputs of its own: this says what `task` does
-        clusters = kmeans(states, classes.max() + 1, seed=seed)[0].cpu().numpy()    # (S, L + 1, n)
-        for name, measure in MEASURES.items():
-            yield (identity, name, classes, regex if identity == "task" else None,
-                   lambda c, measure=measure, clusters=clusters: measure(c, clusters))
-    yield "task", "nc1", task, regex, lambda c: np.stack([nc1(x, c) for x in states])
-    centroids = torch.stack([means(x.float(), regex) for x in states])
-    distances = torch.cdist(centroids, centroids, compute_mode="donot_use_mm_for_euclid_dist").cpu()
-    yield "task", "merge_ratio", task[one], None, lambda c: merge_ratio(distances, c)
-    if known:
-        others, of_others = known
-        near = torch.stack([knn(a, b, min(NEIGHBOURS, len(a))) for a, b in
-                            zip(others.flatten(0, 1), states.flatten(0, 1))])
-        near = near.view(*states.shape[:3], -1).cpu().numpy()                       # (S, L + 1, n, K)
-        yield "task", "knn_share", of_others["task"], None, lambda c: (c[near] == task[:, None]).mean((2, 3))
-        for identity in (key for key in ids if key in ("task", "output")):
-            yield (identity, f"knn_{identity}", of_others[identity], None,
-                   lambda c, own=ids[identity]: (vote(c[near]) == own).mean(2))
+def find_overlaps(labels, split, bags):
+    """name -> (K, K), how many inputs and outputs every two tasks share, and how alike their letters are."""
+    overlaps = {}
+    for position, of in labels.items():
+        ids = of.get(split, {})
+        for identity in [key for key in ("input", "output") if key in ids and "task" in ids]:
+            has = (contingency(numbered(ids["task"]), numbered(ids[identity])) > 0).astype(float)
+            overlaps[identity] = has @ has.T
+        if position == "surface" and "task" in ids:
+            letters = F.normalize(means(bags[split][0, 0], numbered(ids["task"])), dim=-1)
+            overlaps["surface"] = (letters @ letters.T).numpy()
+    return overlaps
 
 
-def progress(text: str):
+def progress(text):
     """Show what is being done in a line of a terminal that the next one replaces."""
     if sys.stderr and sys.stderr.isatty():
         print(f"\r\x1b[K{text}", end="\r", file=sys.stderr, flush=True)
 
 
-def rows_of(score, labels, regex, seed: int, steps: list[int], **where) -> list[dict]:
-    """Rows of probe.jsonl: score(labels), an array (S, L + 1), beside the same for permuted labels.
+def probe(folder, views=("raw",)):
+    """Score every capture of a run, or of any folder of states, at every layer, position and split.
 
-    Given the regex of each state there is a harder null, too, regrouped: the states of a regex stay together,
-    and the regexes are dealt to the tasks at random.
+    Returns the rows of score_states, with view, position and split, and writes them to probe.jsonl if it can.
+    Position `surface` is no network's: counts of the tokens and bigrams of labels `text`, step 0. View
+    `centred` is only for states with labels `input`. Neighbours are sought among split `subset`. Raises
+    ValueError if nothing was captured, and for a folder that is damaged.
     """
-    def shuffled(array):
-        generators = (make_generator(f"{seed}/null/{i}") for i in range(N_NULL))
-        return (array[torch.randperm(len(array), generator=g).numpy()] for g in generators)
-
-    values, low = score(labels), where["measure"] in LOWER
-    nulls = {"null": [score(c) for c in shuffled(labels)], "regrouped": [np.full(values.shape, np.nan)]}
-    if regex is not None:
-        of_regex = labels[np.unique(regex, return_index=True)[1]]
-        nulls["regrouped"] = [score(c[regex]) for c in shuffled(of_regex)]
-    columns = {"value": values}
-    for name, null in nulls.items():
-        columns[name + "_mean"] = np.mean(null, 0)
-        columns[name + "_95"] = (np.quantile(null, 0.05, 0, method="lower") if low else
-                                 np.quantile(null, 0.95, 0, method="higher"))
-    return [{"step": steps[s], "layer": layer, **where,
-             **{name: None if math.isnan(x[s, layer]) else float(x[s, layer]) for name, x in columns.items()}}
-            for s, layer in np.ndindex(values.shape)]
-
-
-def probe(run: str | Path, views=("raw",)) -> list[dict]:
-    """Score every capture of a run, at every layer, position and split, by every identity.
-
-    Writes and returns the rows of probe.jsonl: step, layer, position, split, identity, measure, view, value,
-    null_mean, null_95, and for clusterings by task regrouped_mean and regrouped_95; a number that is not
-    defined is None. Position `surface` is no network's: counts of the instruction's tokens and bigrams, step
-    0. View `centred` is only for states that have seen an input. Raises ValueError if nothing was captured,
-    and for a run folder that is damaged.
-    """
-    seed, device, steps, rows = read_config(run).seed, pick_device(), kept_steps(run), []
+    steps, labels, rows, bags = kept_steps(folder), read_labels(folder), [], {}
     if not steps:
-        raise ValueError(f"{run} has no captures: train it first")
-    data = read_data(run)
-    labels = {position: {split: data.splits[split].labels(position) for split in CAPTURED}
-              for position in data.splits["val"].positions}     # position -> split -> identity -> (n,)
-    labels["surface"], bags = labels["instruction"], surface(data)
-    parts = [(view, position, split) for view, position, split in
-             itertools.product(dict.fromkeys(views), labels, CAPTURED)
-             if view != "centred" or "input" in labels[position][split]]
-    for done, (view, position, split) in enumerate(parts):
-        progress(f"{done} of {len(parts)} parts probed; now {view} states at {position} of {split}")
-        ids, at = labels[position][split], [0] if position == "surface" else steps
-        states = (bags[split] if position == "surface" else
-                  read_states(run, steps, split, position, len(ids["task"])))
-        states = states.to(device)
-        if view != "raw":               # which may stay float16, half the memory
-            states = VIEWS[view](states.float(), ids)
-        if split == "subset":           # which comes first: the points that neighbours are sought among
-            known = states, ids
-        for identity, measure, of, regex, score in scores(
-                states, ids, None if split == "subset" else known, seed):
-            rows += rows_of(score, of, regex, seed, at, position=position, split=split, identity=identity,
-                            measure=measure, view=view)
+        raise ValueError(f"{folder} has no captures: train it first")
+    seed = read_config(folder).seed if is_run(folder) else 0
+    with_text = [of for of in labels.values() if all("text" in ids for ids in of.values())]
+    if with_text:
+        labels["surface"] = with_text[0]
+        bags = surface({split: ids["text"].astype(str) for split, ids in with_text[0].items()})
+    for view, (position, of) in itertools.product(dict.fromkeys(views), labels.items()):
+        known = None
+        for split in sorted(of, key=lambda split: split != "subset"):       # first, to seek neighbours there
+            ids = {identity: x for identity, x in of[split].items() if identity != "text"}
+            if not ids or view == "centred" and "input" not in ids:
+                continue
+            progress(f"{view} states at {position} of {split}")
+            n = len(ids[min(ids)])
+            if position == "surface":
+                at, states = [0], bags[split]
+            else:
+                at, states = steps, read_states(folder, steps, f"{split}/{position}", n)
+            states = VIEWS[view](states.to(pick_device()), numbered(ids.get("input", np.zeros(n))))
+            scored = score_states(states, ids, at, seed, known, find_overlaps(labels, split, bags))
+            rows += [{"view": view, "position": position, "split": split, **row} for row in scored]
+            if split == "subset":
+                known = states, ids
     progress("")
-    write_rows(Path(run) / "probe.jsonl", rows)
+    if not rows:
+        raise ValueError(f"{folder}: labels.npz has no identity to score, or no `input` for view centred")
+    try:
+        write_rows(f"{folder}/probe.jsonl", rows)
+    except OSError as e:
+        print(f"the scores could not be kept: {e}")
     return rows
 
 
-def emergence(steps: list[int], values, null) -> tuple[int, int] | None:
+def emergence(steps, values, null):
     """The first step since which values stay beyond null, and the first from there on at 90 % of the last.
 
     None if they are not beyond null at the end.
@@ -586,87 +632,88 @@ def emergence(steps: list[int], values, null) -> tuple[int, int] | None:
                  if x >= 0.9 * values[-1]), None)
 
 
-def print_report(run: str | Path, rows: list[dict], beside: list[dict] = ()):
-    """Print what the rows of one view say of val, and the last scores of task in another run, if given."""
-    def val(some):
-        return {tuple(row[key] for key in ("position", "identity", "measure", "step", "layer")): row
-                for row in some if row["split"] == "val"}
-
-    def line(head, *key, of, column="value", bound=False):
-        at = [of[*key, layer] for layer in layers if (*key, layer) in of]
-        if at:
-            print(f"{head:30}" + "".join(f"{'-':>7} " if row[column] is None else f"{row[column]:7.2f} "
-                                         for row in at)
-                  + (f"   null {at[-1]['null_95']:.2f}" if bound and at[-1]["null_95"] is not None else ""))
-
-    here, there = val(rows), val(beside)
-    steps, layers = (sorted({row[key] for row in rows if row["position"] != "surface"})
-                     for key in ("step", "layer"))
-    accuracy = {row["step"]: row["acc_val"] for row in read_rows(f"{run}/metrics.jsonl")}
-    scored = list(dict.fromkeys(key[:3] for key in here))
-    clustered = [key for key in scored if key[1:] == ("task", "f1") and key[0] != "surface"]
-    numbers = "layer" + "".join(f"{layer:2}      " for layer in layers)
-    for key in clustered:
-        print(f"\nDo states at `{key[0]}` cluster by task? Pairwise F1, unseen instructions (val), view "
-              f"{rows[0]['view']}\n    step   val accuracy       {numbers}")
-        for step in steps:
-            line(f"{step:8}{accuracy.get(step, math.nan):12.3f}", *key, step, of=here)
-        line("  null: labels permuted, 95 %", *key, steps[-1], of=here, column="null_95")
-        line("  null: regrouped, 95 %", *key, steps[-1], of=here, column="regrouped_95")
-        if key[0] == "instruction":
-            line("  surface: counts, no network", "surface", *key[1:], 0, of=here)
-        line("  the run beside, at its end", *key, max((key[3] for key in there), default=0), of=there)
-
-    print(f"\nThe other scores, val, step {steps[-1]} (of nc1 and merge_ratio less is more). At the end\n"
-          f"last layer, permuted, 95 %    {numbers}")
-    for position, identity, measure in scored:
-        if measure == "f1" or measure.startswith("knn") or (position, identity) == ("instruction", "task"):
-            at = 0 if position == "surface" else steps[-1]
-            line(f"{position} {identity} {measure}", position, identity, measure, at, of=here, bound=True)
-
-    first = (next((step for step, x in accuracy.items() if x > level), "-") for level in (0.5, 0.9))
-    print("\nWhat comes first, the cluster or the answer? Val accuracy passes 0.5 at step {}, 0.9 at {}.\n"
-          "Pairwise F1: from which step on it is beyond its null (task: regrouped) / is at 90 % of its end"
-          .format(*first) + f"\n{'':30}{numbers}")
-    for position, identity, measure in scored:
-        if measure == "f1" and position != "surface":
-            null, cells = "regrouped_95" if identity == "task" else "null_95", []
-            for layer in layers:
-                at = [here[position, identity, measure, step, layer] for step in steps]
-                both = emergence(steps, *([row[key] for row in at] for key in ("value", null)))
-                cells.append("{}/{}".format(*both) if both else "-")
-            print(f"{position + ' ' + identity:30}" + "".join(f"{cell:>8}" for cell in cells))
-
-    print_heat(here, clustered, steps, layers, accuracy)
+def bound(row):
+    """The null that a score has to pass: of clusterings by task the harder one."""
+    return row["null_95"] if row["regrouped_95"] is None else row["regrouped_95"]
 
 
-def print_heat(rows: dict, keys: list[tuple], steps: list[int], layers: list[int], accuracy: dict):
+def is_beyond(row):
+    """Whether a score is beyond its null; not if one of them is undefined."""
+    if row["value"] is None or bound(row) is None:
+        return False
+    return row["value"] < bound(row) if row["measure"] in LOWER else row["value"] > bound(row)
+
+
+def print_report(folder, rows):
+    """Print what the rows of one view say of val, or of the first split there is."""
+    split = "val" if any(row["split"] == "val" for row in rows) else rows[0]["split"]
+    cells = {(row["position"], row["identity"], row["measure"], row["step"], row["layer"]): row
+             for row in rows if row["split"] == split}
+    scored = list(dict.fromkeys(key[:3] for key in cells))
+    steps, layers = (sorted({key[i] for key in cells if key[0] != "surface"}) for i in (3, 4))
+    accuracy = {}
+    if is_run(folder):
+        accuracy = {row["step"]: row[f"acc_{split}"] for row in read_rows(f"{folder}/metrics.jsonl")}
+    heat = [key for key in scored if key[1:] == ("task", "f1") and key[0] != "surface"]
+    print_heat(cells, heat, steps, layers, accuracy)
+    print(f"\nScores of {split}, step {steps[-1]}, view {rows[0]['view']}; less is more: nc1, merge_ratio.\n"
+          "A dot: within its own null, the most extreme of 20 draws. By chance one score in 21 is beyond.\n"
+          f"{'':36}layer{''.join(f'{layer:2}     ' for layer in layers)}")
+    for key in scored:
+        some = [cells.get((*key, 0 if key[0] == "surface" else steps[-1], layer)) for layer in layers]
+        print(f"{' '.join(key):36}{''.join(map(cell, some))}")
+    for key in heat:
+        layers = sorted({layer for *other, _, layer in cells if tuple(other) == key})
+        top = [cells[*key, step, layers[-1]] for step in steps]
+        found = emergence(steps, [row["value"] for row in top], [bound(row) for row in top])
+        print(f"\nAt `{key[0]}`, layer {layers[-1]}, F1 of task is beyond its null "
+              f"{f'from step {found[0]} on' if found else 'at the end of training: never'}"
+              f"; accuracy passes 0.5 at step {next((s for s, x in accuracy.items() if x > 0.5), '-')}.")
+
+
+def cell(row):
+    """A number of the table, with a dot if it is within its null; nothing where there is no row."""
+    if row is None:
+        return ""
+    if row["value"] is None:
+        return "-".rjust(7)
+    return f"{'' if is_beyond(row) else shades()[0]}{row['value']:.2f}".rjust(7)
+
+
+def shades():
+    """Five shades that standard output can show; the first is for what is within its null."""
+    encoding = getattr(sys.stdout, "encoding", None) or "ascii"
+    return "·░▒▓█" if "█".encode(encoding, "ignore") else ".-+*#"
+
+
+def print_heat(rows, keys, steps, layers, accuracy):
     """Print a heat table of scores and accuracy, as many captures as fit the terminal, in characters alone.
 
     rows: (*key, step, layer) -> row of probe.jsonl, for each of keys (position, identity, measure).
     """
-    shades = "·░▒▓█" if "█".encode(getattr(sys.stdout, "encoding", None) or "ascii", "ignore") else ".-+*#"
 
-    def shade(value, null=0):
-        return "-" if value is None else shades[0 if value <= null else 1 + min(3, int(4 * value))]
+    def shade(value):
+        return "-" if value is None else shades()[0 if value == 0 else 1 + min(3, int(4 * value))]
 
     every = math.ceil(len(steps) / max(1, (shutil.get_terminal_size().columns - 9) // 2))
     shown = steps[::-1][::every][::-1]
     print(f"\nAt a glance: pairwise F1 of task, val, a column a capture, steps {shown[0]} to {shown[-1]}.\n"
-          f"{shades[0]} within its null, regrouped; beyond it {shades[1]}, from 0.25 {shades[2]}, "
-          f"0.5 {shades[3]}, 0.75 {shades[4]}; of accuracy, {shades[0]} is 0")
+          "{0} within its null, regrouped; beyond it {1}, from 0.25 {2}, 0.5 {3}, 0.75 {4}; of accuracy, "
+          "{0} is 0".format(*shades()))
     for key in keys:
         print(f"at `{key[0]}`")
         for layer in reversed(layers):
-            cells = (rows[*key, step, layer] for step in shown)
-            print(f"layer {layer:2} " + "".join(2 * shade(x["value"], x["regrouped_95"]) for x in cells))
+            cells = [rows[*key, step, layer] for step in shown if (*key, step, layer) in rows]
+            if cells:
+                values = (x["value"] if is_beyond(x) else 0 for x in cells)
+                print(f"layer {layer:2} " + "".join(2 * shade(value) for value in values))
     print("accuracy " + "".join(2 * shade(accuracy.get(step)) for step in shown))
 
 
 # ---------------------------------------------------------------- the causal test
 
 
-def donors(split: Split, read: dict[str, np.ndarray], tasks: set[int], seed: int) -> np.ndarray:
+def donors(split, read, tasks, seed):
     """(N,): for each prompt one of its input and columns, and another output; -1 if there is none.
 
     Both are of these tasks.
@@ -700,7 +747,7 @@ def exchanges(x, y, at, own, theirs, noise):
 
 
 @torch.no_grad()
-def patch(run: str | Path) -> list[dict]:
+def patch(run):
     """Are the clusters used? Exchange states of val's prompts, layer by layer, and see what is answered.
 
     Each prompt has a donor, a prompt of another task with the same input and another output. The state at a
@@ -751,7 +798,7 @@ def patch(run: str | Path) -> list[dict]:
     return rows
 
 
-def print_patch(rows: list[dict]):
+def print_patch(rows):
     """Print the shares of answers that become the donor's and that stay right."""
     shares = {(row["position"], row["patch"], row["layer"]): row for row in rows}
     layers = sorted({row["layer"] for row in rows})
@@ -765,29 +812,20 @@ def print_patch(rows: list[dict]):
 
 
 def main():
-    """Cluster the captured states of a run and score the clusters, beside chance."""
+    """Cluster the states of a run, or of any folder of states, and score the clusters, beside chance."""
     flags = Flags(description=main.__doc__)
-    flags.add_argument("run", help="a run folder, as train.py makes it")
+    flags.add_argument("folder", help="a run folder, as train.py makes it, or any folder of states")
     flags.add_argument("--view", nargs="+", choices=VIEWS, default=["raw"], help="how to look at states: as "
                        "they are, less the mean of their input's, each coordinate scaled (default: raw)")
-    flags.add_argument("--beside", metavar="RUN", help="show the last scores of this run, too, probed before")
     flags.add_argument("--patch", action="store_true", help="instead, exchange states: what is answered?")
     given = flags.parse_args()
-    if given.patch and (given.beside or given.view != ["raw"]):
-        flags.error("--patch goes without --view and --beside")
     if given.patch:
-        rows, name = patch(given.run), "patch.jsonl"
-        print_patch(rows)
-    else:
-        beside = read_rows(Path(given.beside) / "probe.jsonl") if given.beside else []
-        for view in given.view if given.beside else ():
-            if all(row.get("view") != view for row in beside):
-                raise ValueError(f"{given.beside} has no scores of view {view}: probe it with --view {view}")
-        rows, name = probe(given.run, given.view), "probe.jsonl"
-        for view in dict.fromkeys(given.view):
-            of_view = [[row for row in some if row["view"] == view] for some in (rows, beside)]
-            print_report(given.run, *of_view)
-    print(f"\n{len(rows):,} rows in {Path(given.run) / name}")
+        print_patch(patch(given.folder))
+        return
+    rows = probe(given.folder, given.view)
+    for view in dict.fromkeys(given.view):
+        print_report(given.folder, [row for row in rows if row["view"] == view])
+    print(f"\n{len(rows):,} rows in {given.folder}/probe.jsonl")
 
 
 if __name__ == "__main__":
