@@ -542,7 +542,7 @@ def read_states(folder, steps, name, n):
             raise ValueError(f"{path} and labels.npz do not fit: {name} must be floats, layers x {n} states "
                              "x width, at every step")
         if not np.isfinite(x).all() or float(np.abs(x).max()) > 1e30:
-            raise ValueError(f"{path}: {name} holds nan or infinity, or more than 1e30; train with a lower lr")
+            raise ValueError(f"{path}: {name} holds nan or infinity, or over 1e30; train with a lower lr")
     return torch.from_numpy(np.stack(states))
 
 
