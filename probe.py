@@ -442,11 +442,11 @@ def score_states(states, labels, steps, seed=0, known=None, overlaps=()):
     if task is not None and regex is not None:
         units = numbered([f"{i} {r} {t}" for i, r, t in zip(inputs, regex, task)])
     for identity, classes in number.items():
+        if identity == "input_set" and task is not None and f1(task, classes) == 1:
+            continue                        # each task has inputs of its own: this says what `task` does
         nulls = {"null": deal(classes, everyone, 0 * inputs if identity == "input" else inputs, seed)}
         if identity == "task" and regex is not None:
             nulls["regrouped"] = deal(classes, units, inputs, seed)
-        if identity == "input_set" and task is not None and f1(task, classes) == 1:
-            continue                        # each task has inputs of its own: this says what `task` does
         clusters = kmeans(x, int(classes.max()) + 1, seed=seed)[0].cpu().numpy()            # (S, L + 1, N)
         for name, measure in MEASURES.items():
             add(identity, name, beside(lambda c: measure(c, clusters), classes, **nulls))
@@ -485,11 +485,12 @@ def score_states(states, labels, steps, seed=0, known=None, overlaps=()):
                     if regex is not None and "distribution" in of_others:
                         theirs_too = np.asarray(of_others["distribution"])[near]
                         of_own = theirs_too == np.asarray(labels["distribution"])[:, None]
+                        if (~of_own).sum(-1).min() < NEIGHBOURS:
+                            continue                                    # too few others
                         others_first = np.argsort(of_own, -1, kind="stable")[..., :NEIGHBOURS]
                         apart = np.take_along_axis(near, others_first, -1)
-                        share = beside(lambda c: (c[apart] == own[:, None]).mean((-1, -2)), other, null=dealt)
-                        if (~of_own).sum(-1).min() >= NEIGHBOURS:       # or there are too few others
-                            add(identity, "knn_share_other", share)
+                        add(identity, "knn_share_other",
+                            beside(lambda c: (c[apart] == own[:, None]).mean((-1, -2)), other, null=dealt))
     return rows
 
 
@@ -594,6 +595,8 @@ def probe(folder, views=("raw",)):
     if with_text:
         labels["surface"] = with_text[0]
         bags = surface({split: ids["text"].astype(str) for split, ids in with_text[0].items()})
+    splits = {split for of in labels.values() for split in of}
+    overlaps = {split: find_overlaps(labels, split, bags) for split in splits}
     for view, (position, of) in itertools.product(dict.fromkeys(views), labels.items()):
         known = None
         for split in sorted(of, key=lambda split: split != "subset"):       # first, to seek neighbours there
@@ -607,7 +610,7 @@ def probe(folder, views=("raw",)):
             else:
                 at, states = steps, read_states(folder, steps, f"{split}/{position}", n)
             states = VIEWS[view](states.to(pick_device()), numbered(ids.get("input", np.zeros(n))))
-            scored = score_states(states, ids, at, seed, known, find_overlaps(labels, split, bags))
+            scored = score_states(states, ids, at, seed, known, overlaps[split])
             rows += [{"view": view, "position": position, "split": split, **row} for row in scored]
             if split == "subset":
                 known = states, ids
