@@ -30,7 +30,7 @@ from data import Dataset, Flags, command_line, encode
 import numpy as np
 import torch                # after data, which sets how torch's threads wait
 
-from probe import kmeans, probe, progress, score_states, surface
+from probe import kmeans, probe, score_states, surface
 from train import (CAPTURED, Config, make_model, observe, pick_device, read_data, load_model, read_rows,
                    train, write_rows)
 
@@ -39,15 +39,14 @@ QUICK = dict(n_tasks=8, n_distributions=2, n_layer=2, n_head=2, n_embd=32, n_val
 
 
 def arm(cfg: Config, data: Dataset | None = None) -> Path:
-    """Train a run, or go on with it if it is there; a line of progress stands in for what `train` prints."""
-    progress(f"training {cfg.out}")
+    """Train a run, or go on with it if it is there; a line stands in for what `train` prints."""
+    print(f"training {cfg.out}", flush=True)
     with contextlib.redirect_stdout(None):
         return train(cfg, resume=(Path(cfg.out) / "config.json").exists(), data=data)
 
 
 def done(seed: int, what: str, begun: float):
     """Say that a part of a demo is done, and how long it took."""
-    progress("")
     print(f"seed {seed}: {what} done in {time.perf_counter() - begun:.0f} s", flush=True)
 
 
@@ -290,7 +289,7 @@ def align(out: Path, seeds: list[int], small: dict) -> list[dict]:
         base, untrained = load_model(case.run, case.data), make_model(cfg, case.data).to(device)
         texts = {name: [x.instances[row].instruction for row in x.positions["instruction"][0]]
                  for name, x in splits.items()}
-        features = {"guard_counts": {name: x[0] for name, x in surface(texts).items()}}
+        features = {"guard_counts": {name: x[None] for name, x in surface(texts).items()}}
         seen = {name: {split: observe(model, x) for split, x in splits.items()}
                 for name, model in {"guard_untrained": untrained, "guard": base}.items()}
         for name, of_model in seen.items():

@@ -29,7 +29,7 @@ except ImportError:                 # main says so
 
 from apply import MEASURED
 from data import Flags, Regex, command_line, write
-from probe import LOWER, emergence, kept_steps, read_states
+from probe import LOWER, kept_steps, read_states
 from train import Config, read_config, read_data, read_rows
 
 STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
@@ -207,37 +207,6 @@ def draw_measures(rows):
         yield f"{measure}_{position}", fig
 
 
-def draw_events(rows, metrics):
-    """What comes first, the cluster or the answer? A bar a seed, one over the other."""
-    rows = [row for row in rows if (row["view"], row["measure"], row["split"]) == ("raw", "f1", "val")
-            and row["position"] != "surface"]
-    kinds, n = list(dict.fromkeys((row["position"], row["identity"]) for row in rows)), 1 + max(
-        row["layer"] for row in rows)
-    fig, ax = plt.subplots(figsize=(8, 1 + 0.45 * len(kinds)))
-    for (y, (position, identity)), layer in product(enumerate(kinds), range(n)):
-        where = dict(position=position, identity=identity, layer=layer)
-        steps, values = select(rows, "step", **where)
-        nulls = select(rows, "step", "regrouped_95" if identity == "task" else "null_95", **where)[1]
-        height = y + 0.7 * (layer + 0.5) / n - 0.35
-        for since_near in map(emergence, [steps] * len(values), values, nulls):
-            if since_near:
-                ax.plot(since_near, [height] * 2, marker="|", ms=6, lw=2.5, alpha=1 / len(values) ** 0.5,
-                        solid_capstyle="butt", **shade(layer, n))
-    for layer in range(n):
-        ax.plot([], [], label=f"layer {layer}", **shade(layer, n))
-    steps, accuracies = select(metrics, "step", measure="acc_val")
-    for level, dashes in (0.5, ":"), (0.9, "--"):
-        passed = [steps[at[0]] for at in map(np.flatnonzero, accuracies > level) if len(at)]
-        ax.vlines(passed, 0, 1, "black", dashes, lw=0.8, label=f"val accuracy over {level}",
-                  transform=ax.get_xaxis_transform())
-    ax.set_yticks(range(len(kinds)), [f"{identity}, at `{position}`" for position, identity in kinds])
-    ax.set(ylim=(len(kinds) - 0.5, -0.5), title="Since when is pairwise F1 on val beyond its null (left "
-           "end), and when at 90 % of its last value (right end)?")
-    over_steps(ax, steps[-1])
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    yield "events", fig
-
-
 def draw_film(run, data):
     """States of val, layer by capture: on the first two principal components of the layer's last capture."""
     steps = kept_steps(run)
@@ -378,7 +347,6 @@ def draw_runs(runs: list[Path], out: Path):
     save(draw_training(metrics), out, what + of_seeds(seeds))
     if any(row["view"] == "raw" for row in probed):
         save(draw_measures(probed), out, what + of_seeds(seeds))
-        save(draw_events(probed, metrics), out, what + f"a bar a seed, {len(seeds)} in all")
     if patched:
         save(draw_patch(patched), out, what + of_seeds(seeds))
     return metrics + probed + patched, seeds

@@ -1,25 +1,21 @@
-"""Look into hidden states: do they form clusters, are these the tasks, are they used?
+"""Look into hidden states: do they form clusters, are these the tasks, and do answers depend on them?
 
     python probe.py runs/default                      score every capture, beside chance, into probe.jsonl
-    python probe.py runs/default --view raw centred   also with every input's mean state taken out
-    python probe.py runs/default --patch              exchange states: is the answer read from them?
-    python probe.py FOLDER                            states of any model, in FOLDER/states, see README.md
+    python probe.py runs/default --view raw centred   also with each input's mean state subtracted
+    python probe.py runs/default --patch              exchange states and see what is answered
+    python probe.py FOLDER                            any model's states, in FOLDER/states: see README.md
 
-Figures 2 and 4 of the paper, and controls. Beside every score stands its null, the same score for permuted
-labels, and for clusterings by task a harder one, regrouped: regexes stay whole and are dealt to tasks at
-random. Step 0 is the untrained network, layer 0 has not seen the instruction, and position `surface` is no
-network at all. The paper does not say which F1 it means: ours counts pairs of points. Nothing is centred or
-scaled unless --view says so, and k is the number of classes.
+Figures 2 and 4 of the paper, and controls. Every score stands beside its null, the same score of
+randomly dealt labels. Scores by task have a second, harder null, `regrouped`: whole regexes are dealt to
+tasks. Step 0 is the untrained network, layer 0 has not seen the instruction, and position `surface` is no
+network at all. The paper does not say which F1 it uses; ours counts pairs of points. k is the number of
+classes.
 
-N points, C width, K classes or clusters, S captures, L blocks, (...) a batch: most often (S, L + 1).
+N points, C width, K classes or clusters, S captures, L blocks; (...) a batch, most often (S, L + 1).
 """
-import functools
-import itertools
 import math
-import random
-import shutil
-import sys
-from collections import Counter
+from collections import Counter, defaultdict
+from functools import lru_cache
 from pathlib import Path
 
 from data import Flags, command_line, cut
@@ -28,145 +24,161 @@ import numpy as np
 import torch                # after data, which sets how torch's threads wait
 import torch.nn.functional as F
 
-from train import (capture_path, load_model, make_generator, make_labels, observe, pick_device, read_arrays,
-                   read_config, read_data, read_rows, write_rows)
+from train import (capture_path, load_model, make_generator, make_labels, pick_device, read_arrays,
+                   read_data, read_rows, reading, write_rows)
 
 # ---------------------------------------------------------------- k-means
 
-AT_ONCE = {"cpu": 2_000_000, "cuda": 16_000_000}    # distances held at a time
+AT_ONCE = 2_000_000     # distances held in memory at a time
 SHORT = 10              # iterations after which only the best start goes on
-ROUNDING = 1e-6         # a squared distance below this share of |x|^2 may be rounding alone: it counts as 0
-FAR = 1e18              # the coordinates of a centroid that no point chooses
+FAR = 1e18              # the coordinates of a centroid that has no points
 
 
 def kmeans(x, k, n_init=8, max_iter=100, seed=0):
-    """Lloyd's algorithm (1982) from greedy k-means++ (Arthur & Vassilvitskii 2007), best of n_init starts.
+    """Lloyd's algorithm (1982) from greedy k-means++ (Arthur & Vassilvitskii 2007).
 
-    x (..., N, C), a batch of problems -> labels (..., N), centroids (..., k, C), inertia (...), the sum of
-    squared distances to the centroids; the last two in float64. With fewer distinct points than k, clusters
-    stay empty and their centroids are nan. All starts run SHORT iterations, the best goes on to max_iter.
-    Raises ValueError for k outside 1..N, n_init or max_iter below 1, and values that are not finite.
+    x (..., N, C), a batch of problems -> labels (..., N), centroids (..., k, C) and inertia (...), the sum
+    of squared distances to the centroids. All n_init starts run for SHORT iterations, then the best one for
+    max_iter. With fewer distinct points than k, some clusters stay empty and their centroids are nan.
+
+    Raises ValueError for k outside 1..N, n_init or max_iter below 1, and points that are not finite.
     """
-    x = torch.as_tensor(x)
+    x = torch.as_tensor(x).double()
     *batch, N, C = x.shape
     if not 1 <= k <= N or min(n_init, max_iter) < 1:
-        raise ValueError(f"k = {k} must be in 1..{N}, n_init = {n_init} and max_iter = {max_iter} at least 1")
-    trials = 2 + int(math.log(k))
-    draws = torch.rand(n_init, k, trials, generator=make_generator(f"{seed}/kmeans")).to(x.device)
-    results = []
-    for some in x.reshape(-1, N, C).split(max(1, AT_ONCE[x.device.type] // (N * n_init * trials))):
-        # centred in float64 and scaled: then float32 will do, whatever the origin and the unit
-        mean = some.mean(1, keepdim=True, dtype=torch.float64)
-        scale = (some - mean).abs().amax((1, 2), keepdim=True)
-        if not scale.isfinite().all():
-            raise ValueError("k-means needs finite points, these hold nan or infinity")
-        points = ((some - mean) / scale.clamp(min=1e-300)).float()
-        lifted, p = _lift(points), torch.arange(len(some), device=x.device)
-        _, centroids, costs = _lloyd(lifted, _plus_plus(lifted, draws), min(SHORT, max_iter))
-        best = centroids[p, _least(costs)][:, None]                             # (P, 1, k, C)
-        labels, centroids, _ = (a[:, 0] for a in _lloyd(lifted, best, max(1, max_iter - SHORT)))
-        inertia = (points - centroids[p[:, None], labels]).square().sum((1, 2)) * scale[:, 0, 0] ** 2
-        results.append((labels, (centroids * scale + mean).where(centroids < FAR, math.nan), inertia))
-    labels, centroids, inertia = map(torch.cat, zip(*results))
+        raise ValueError(f"k = {k} must be in 1..{N}, n_init = {n_init} and max_iter = {max_iter} "
+                         "at least 1")
+    size = k, n_init, 2 + int(math.log(k))
+    draws = torch.rand(size, generator=make_generator(f"{seed}/kmeans")).to(x.device)
+    found = []
+    for points in x.reshape(-1, N, C):
+        lifted = lift(normalise(points))
+        starts = plus_plus(lifted, draws)
+        _, starts, costs = lloyd(lifted, starts, min(SHORT, max_iter))
+        best = starts[costs.argmin()]
+        labels = lloyd(lifted, best[None], max_iter)[0][0]
+        centroids = means(points, labels, k)                    # in float64
+        inertia = (points - centroids[labels]).square().sum()
+        found.append((labels, centroids, inertia))
+    labels, centroids, inertia = map(torch.stack, zip(*found))
     return labels.view(*batch, N), centroids.view(*batch, k, C), inertia.view(batch)
 
 
-def _least(costs):
-    """(..., M) -> (...), the index of the least; of costs equal but for rounding, the first."""
-    return (costs <= (1 + 1e-5) * costs.amin(-1, keepdim=True)).int().argmax(-1)
+def normalise(x):
+    """x (..., N, C) minus its mean, divided by its largest coordinate, in float32.
 
-
-def _lift(x, rounding=ROUNDING):
-    """(..., C) -> (..., C + 2), [x, 1, |x|^2]: its product with [-2c, |c|^2, 1] is a squared distance.
-
-    |x|^2 is a little short, so that rounding leaves no distance > 0 between a point and itself.
+    Clusters stay the same, and float32 becomes precise enough whatever the origin and the unit. Raises
+    ValueError for nan and infinity.
     """
-    length = x.square().sum(-1, keepdim=True)
-    return torch.cat([x, torch.ones_like(length), (1 - rounding) * length], -1)
+    x = x.double()
+    x = x - x.mean(-2, keepdim=True)
+    largest = x.abs().amax((-1, -2), keepdim=True)
+    if not largest.isfinite().all():
+        raise ValueError("points must be finite, these hold nan or infinity")
+    return (x / largest.clamp(min=1e-300)).float()
 
 
-def _squared(centroids, lifted):
-    """Squared distances (..., M, N) between centroids (..., M, C) and lifted points (..., N, C + 2)."""
-    length = centroids.square().sum(-1, keepdim=True)
-    return torch.cat([-2 * centroids, length, torch.ones_like(length)], -1) @ lifted.mT
+def lift(x):
+    """(N, C) -> (N, C + 2), [x, 1, |x|^2], whose product with [-2 c, |c|^2, 1] is a squared distance.
 
-
-def _plus_plus(x, draws):
-    """Greedy k-means++: lifted x (P, N, C + 2), uniform draws (S, k, T) -> first centroids (P, S, k, C).
-
-    Each centroid is the best of T points, drawn by their squared distance to the nearest centroid so far: the
-    one that lowers the sum of these distances most. It is FAR if all points are centroids already.
+    |x|^2 is made a little too small, so that rounding never puts a distance between a point and itself.
     """
-    (P, N, _), (S, k, T) = x.shape, draws.shape
-    p, s = torch.arange(P, device=x.device)[:, None], torch.arange(S, device=x.device)
-    centroids = x.new_empty(P, S, k, x.shape[2] - 2)
-    closest = x.new_full((P, S, N), FAR)                        # at first all alike: the first is any point
-    for j in range(k):
-        up_to = closest.cumsum(2)
-        drawn = torch.searchsorted(up_to, draws[:, j] * up_to[..., -1:], right=True).clamp(max=N - 1)
-        candidates = x[p, drawn.flatten(1), :-2]                # (P, S T, C)
-        distances = _squared(candidates, x).view(P, S, T, N).minimum(closest[:, :, None])
-        best = _least(distances.sum(3))                         # (P, S)
-        chosen = candidates.view(P, S, T, -1)[p, s, best]
-        centroids[:, :, j] = chosen.where(up_to[..., -1:] > 0, FAR)
-        closest = distances[p, s, best].clamp(min=0)
+    length = x.square().sum(1, keepdim=True)
+    return torch.cat([x, torch.ones_like(length), length * (1 - 1e-6)], 1)
+
+
+def squared_distances(centroids, lifted):
+    """From centroids (S, M, C) to lifted points (N, C + 2): (S, M, N)."""
+    length = centroids.square().sum(2, keepdim=True)
+    return torch.cat([-2 * centroids, length, torch.ones_like(length)], 2) @ lifted.T
+
+
+def plus_plus(lifted, draws):
+    """Greedy k-means++: lifted points (N, C + 2), uniform draws in 0..1 (k, S, T) -> S starts (S, k, C).
+
+    The next centroid of a start is one of T points, drawn in proportion to their squared distance to the
+    nearest centroid so far: the one that reduces the sum of these distances most. Once they are all 0, the
+    next centroid is FAR.
+    """
+    N = len(lifted)
+    k, S, _ = draws.shape
+    centroids = lifted.new_empty(S, k, lifted.shape[1] - 2)
+    closest = torch.full((S, N), FAR, device=draws.device)      # all equal: the first is any point
+    for j, draw in enumerate(draws):
+        up_to = closest.cumsum(1)
+        drawn = torch.searchsorted(up_to, draw * up_to[:, -1:], right=True).clamp(max=N - 1)
+        candidates = lifted[drawn, :-2]                         # (S, T, C)
+        distances = squared_distances(candidates, lifted).clamp(min=0)
+        distances = distances.minimum(closest[:, None])         # (S, T, N)
+        best = distances.sum(2).argmin(1)
+        chosen = candidates[range(S), best]
+        centroids[:, j] = chosen.where(up_to[:, -1:] > 0, FAR)
+        closest = distances[range(S), best]
     return centroids
 
 
-def _lloyd(x, centroids, max_iter):
-    """Lloyd's algorithm: lifted x (P, N, C + 2), S starts each, (P, S, k, C).
+def lloyd(lifted, centroids, max_iter):
+    """Lloyd's algorithm on lifted points (N, C + 2) from several starts at once, (S, k, C).
 
-    Returns labels (P, S, N), centroids (P, S, k, C) and costs (P, S), the sums of squared distances.
-    A problem drops out once the labels of all its starts stand still.
+    Returns labels (S, N), centroids (S, k, C) and the sums of squared distances (S,).
     """
-    (P, S, k, C), N = centroids.shape, x.shape[1]
-    centroids, costs = centroids.clone(), x.new_empty(P, S)
-    labels = torch.full((P, S, N), -1, device=x.device)
-    moving = torch.arange(P, device=x.device)
+    S, k, C = centroids.shape
+    labels = None
     for _ in range(max_iter):
-        nearest, new, sums = x.new_empty(len(moving), S, N), labels[moving], 0
-        step = max(1, AT_ONCE[x.device.type] // (len(moving) * S * k))
-        for some, near, label in zip(x[moving].split(step, 1), nearest.split(step, 2), new.split(step, 2)):
-            distances = _squared(centroids[moving].flatten(1, 2), some).view(-1, S, k, some.shape[1])
-            torch.min(distances, 2, out=(near, label))
-            member = torch.zeros_like(distances).scatter_(2, label[:, :, None], 1)
-            sums = sums + member.flatten(1, 2) @ some           # (P, S k, C + 2): the ones add up to sizes
-        nearest.clamp_(min=0)
-        sums, sizes, _ = sums.view(-1, S, k, C + 2).split([C, 1, 1], 3)
-        means = (sums / sizes).where(sizes > 0, FAR)
-        for p, s, j in (sizes[..., 0] == 0).nonzero().tolist():
-            # an emptied cluster starts anew at the point farthest from its centroid, if there is one apart
-            far = nearest[p, s].argmax()
-            if nearest[p, s, far] > 0:
-                means[p, s, j] = x[moving[p], far, :C]
-                nearest[p, s, far] = 0
-        moved = (new != labels[moving]).flatten(1).any(1)
-        labels[moving], centroids[moving], costs[moving] = new, means, nearest.sum(2)
-        moving = moving[moved]
-        if not len(moving):
+        # each point joins its nearest centroid
+        nearest = lifted.new_empty(S, len(lifted))              # squared distances to these
+        new = torch.empty_like(nearest, dtype=torch.long)       # and labels
+        sums = lifted.new_zeros(S, k, C + 2)
+        step = max(1, AT_ONCE // (S * k))
+        for some, near, label in zip(lifted.split(step), nearest.split(step, 1), new.split(step, 1)):
+            torch.min(squared_distances(centroids, some), 1, out=(near, label))
+            for s in range(S):
+                sums[s].index_add_(0, label[s], some)           # its ones add up to the cluster sizes
+
+        # each centroid moves to the mean of its points
+        sizes = sums[:, :, C, None]
+        centroids = (sums[:, :, :C] / sizes).where(sizes > 0, FAR)
+        for s, j, _ in (sizes == 0).nonzero():
+            far = nearest[s].argmax()
+            if nearest[s, far] > 0:                 # an empty cluster restarts at the farthest point
+                centroids[s, j] = lifted[far, :C]
+                nearest[s, far] = 0
+        if labels is not None and torch.equal(new, labels):
             break
-    return labels, centroids, costs
+        labels = new
+    return new, centroids, nearest.clamp(min=0).sum(1)
+
+
+def means(x, classes, n=0):
+    """x (..., N, C), classes (N,) -> the mean of each class (..., n, C), nan if empty; of n or more."""
+    classes = torch.as_tensor(classes, device=x.device)
+    sizes = classes.bincount(minlength=n)
+    sums = x.new_zeros(*x.shape[:-2], len(sizes), x.shape[-1]).index_add_(-2, classes, x)
+    return sums / sizes[:, None]
 
 
 # ---------------------------------------------------------------- scores of a clustering
 # A measure takes classes (..., N) and clusters (..., N), whole numbers, and gives a float or array (...).
-# n_ij counts points of class i in cluster j, a_i and b_j are its sums over j and i, C2(x) = x (x - 1) / 2.
+# n_ij counts the points of class i in cluster j; a_i and b_j, its sums over j and over i, are the sizes of
+# classes and clusters; C2(x) = x (x - 1) / 2.
 
 
 def contingency(classes, clusters):
-    """n_ij (..., classes, clusters), as floats. Raises ValueError for labels that do not belong together."""
-    classes, clusters = np.asarray(classes), np.asarray(clusters)
-    whole = classes.dtype.kind in "biu" and clusters.dtype.kind in "biu"
-    if not whole or not classes.size or classes.shape[-1] != clusters.shape[-1]:
-        raise ValueError("a clustering needs two whole numbers for each point, its class and its cluster")
-    if min(classes.min(), clusters.min()) < 0 or max(classes.max(), clusters.max()) > classes.shape[-1]:
-        classes, clusters = numbered(classes), numbered(clusters)       # or the table would be huge
-    classes, clusters = classes.astype(np.int64), clusters.astype(np.int64)     # small types would overflow
-    shape = *np.broadcast(classes, clusters).shape[:-1], classes.max() + 1, clusters.max() + 1
-    cell = classes * shape[-1] + clusters                       # (..., N): which n_ij a point adds to
-    cell = cell.reshape(-1, cell.shape[-1])
-    cell = cell + shape[-1] * shape[-2] * np.arange(len(cell))[:, None]
-    return np.bincount(cell.ravel(), minlength=math.prod(shape)).reshape(shape).astype(float)
+    """n_ij (..., classes, clusters), as floats. Raises ValueError for labels that are not whole numbers."""
+    classes, clusters = np.broadcast_arrays(classes, clusters)
+    *batch, N = classes.shape
+    if not {classes.dtype.kind, clusters.dtype.kind} <= {*"biu"}:
+        raise ValueError("classes and clusters must be whole numbers, one for each point")
+    classes, clusters = (labels if 0 <= labels.min() <= labels.max() <= N else numbered(labels)
+                         for labels in (classes, clusters))             # or the table would be huge
+    classes = classes.astype(int).ravel()
+    clusters = clusters.astype(int).ravel()
+    rows = classes.max() + 1
+    columns = clusters.max() + 1
+    tables = math.prod(batch)
+    row = np.arange(tables).repeat(N) * rows + classes          # all tables stand on top of one another
+    n = np.bincount(row * columns + clusters, minlength=tables * rows * columns)
+    return n.reshape(*batch, rows, columns).astype(float)
 
 
 def numbered(labels):
@@ -174,25 +186,38 @@ def numbered(labels):
     return np.unique(labels, return_inverse=True)[1].reshape(np.shape(labels))
 
 
+def sums(n, f):
+    """T, the sum of f(n_ij), A of f(a_i), B of f(b_j), and f(N): what scores of clusterings are made of."""
+    return (f(n).sum((-1, -2)),
+            f(n.sum(-1)).sum(-1),
+            f(n.sum(-2)).sum(-1),
+            f(n.sum((-1, -2))))
+
+
 def pairs(x):
-    """C2."""
+    """C2, the number of pairs among x points."""
     return x * (x - 1) / 2
 
 
+def x_log_x(x):
+    """In nats; counts x of N points have the entropy log N - sum x log x / N."""
+    return x * np.log(np.maximum(x, 1))
+
+
 def ratio(x, y):
-    """x / y, and 1 where y is 0: where there is nothing to tell apart, all is as it should be."""
-    return np.where(y > 1e-9, x / np.where(y > 1e-9, y, 1), 1.0)[()]
+    """x / y, and 1 where y is 0: where there is nothing to tell apart, nothing is told apart wrongly."""
+    return np.where(y > 1e-6, x / np.maximum(y, 1e-6), 1.0)[()]
 
 
 def f1(classes, clusters):
     """Pairwise F1: how well "in one cluster" predicts "of one class", over all pairs of points; 0 to 1.
 
-    TP = sum C2(n_ij), P = TP / sum C2(b_j), R = TP / sum C2(a_i), F1 = 2 P R / (P + R); 1 if there are no
-    pairs in either. Chance: 1 / K for even clusters, 2 / (K + 1) for a single one. (Manning, Raghavan &
-    Schuetze 2008, chapter 16.)
+    With f = C2, the precision is T / B, the recall T / A, and F1 = 2 T / (A + B); 1 if there are no pairs in
+    either. Chance: 1 / K for even clusters, 2 / (K + 1) for a single one. (Manning, Raghavan & Schuetze
+    2008, chapter 16.)
     """
-    n = contingency(classes, clusters)
-    return ratio(2 * pairs(n).sum((-1, -2)), pairs(n.sum(-1)).sum(-1) + pairs(n.sum(-2)).sum(-1))
+    together, a, b, _ = sums(contingency(classes, clusters), pairs)
+    return ratio(2 * together, a + b)
 
 
 def class_f1(classes, clusters):
@@ -201,67 +226,63 @@ def class_f1(classes, clusters):
     Chance: somewhat over 1 / K, as the best of many is taken. (van Rijsbergen 1979; Larsen & Aone 1999.)
     """
     n = contingency(classes, clusters)
-    a, b = n.sum(-1, keepdims=True), n.sum(-2, keepdims=True)
+    a = n.sum(-1, keepdims=True)
+    b = n.sum(-2, keepdims=True)
     return (2 * n / np.maximum(a + b, 1)).max(-1).sum(-1) / (a > 0).sum((-1, -2))
 
 
 def ari(classes, clusters):
     """Adjusted Rand index (Hubert & Arabie 1985): 1 for the same partition, 0 at chance, negative below it.
 
-    (T - E) / ((A + B) / 2 - E) with T = sum C2(n_ij), A = sum C2(a_i), B = sum C2(b_j), E = A B / C2(N); 1 if
-    both are one cluster, or single points.
+    With f = C2, (T - E) / ((A + B) / 2 - E). E = A B / C2(N) is what T is on average over all clusterings of
+    the same sizes. 1 if both are one cluster, or single points.
     """
-    n = contingency(classes, clusters)
-    a, b = pairs(n.sum(-1)).sum(-1), pairs(n.sum(-2)).sum(-1)
-    expected = a * b / np.maximum(pairs(n.sum((-1, -2))), 1)
-    return ratio(pairs(n).sum((-1, -2)) - expected, (a + b) / 2 - expected)
-
-
-def information(n):
-    """Entropies of classes and of clusters, and what they share, their mutual information; in nats."""
-    def entropy(counts):
-        p = counts / counts.sum(-1, keepdims=True)
-        return -(p * np.log(np.where(p > 0, p, 1))).sum(-1)
-
-    of_classes, of_clusters = entropy(n.sum(-1)), entropy(n.sum(-2))
-    return of_classes, of_clusters, of_classes + of_clusters - entropy(n.reshape(*n.shape[:-2], -1))
+    together, a, b, every = sums(contingency(classes, clusters), pairs)
+    expected = a * b / np.maximum(every, 1)
+    return ratio(together - expected, (a + b) / 2 - expected)
 
 
 def nmi(classes, clusters):
     """Mutual information over the mean of the two entropies; 0 to 1, 1 if both partitions are one cluster.
 
-    Chance is above 0, and the more so the fewer points a cluster has. (Kvalseth 1987; with this mean it is
-    the V-measure, Rosenberg & Hirschberg 2007.)
+    With f = x log x, the entropies are log N - A / N and log N - B / N, and the mutual information is
+    log N + (T - A - B) / N. Chance is above 0, and higher the fewer points a cluster has. (Kvalseth 1987;
+    with this mean it is the V-measure, Rosenberg & Hirschberg 2007.)
     """
-    a, b, shared = information(contingency(classes, clusters))
-    return ratio(2 * shared, a + b)
+    together, a, b, every = sums(contingency(classes, clusters), x_log_x)
+    return ratio(every + together - a - b, every - (a + b) / 2)
 
 
 def ami(classes, clusters):
     """Adjusted mutual information: 1 for the same partition, 0 at chance, negative below it.
 
-    (I - E) / ((A + B) / 2 - E), where I is the mutual information, A and B the entropies, and E what I is on
-    average over all clusterings of the same sizes; 1 if both partitions are one cluster, or single points.
-    (Vinh, Epps & Bailey 2010.)
+    (T - E) / ((A + B) / 2 - E) as for ari, with f = x log x. (Vinh, Epps & Bailey 2010.)
     """
     n = contingency(classes, clusters)
-    a, b, shared = information(n)
-    sizes = (np.sort(n.sum(axis).astype(int)).reshape(shared.size, -1).tolist() for axis in (-1, -2))
-    expected = [expected_information(tuple(i), tuple(j)) for i, j in zip(*sizes)]
-    expected = np.array(expected).reshape(shared.shape)
-    return ratio(shared - expected, (a + b) / 2 - expected)
+    together, a, b, _ = sums(n, x_log_x)
+    expected = [expected_x_log_x(tuple(table.sum(1)), tuple(table.sum(0)))
+                for table in n.reshape(-1, *n.shape[-2:])]
+    expected = np.reshape(expected, together.shape)
+    return ratio(together - expected, (a + b) / 2 - expected)
 
 
-@functools.lru_cache(maxsize=1024)          # permuted labels ask for the same sizes again
-def expected_information(a, b):
-    """Mutual information, on average, of random partitions into sizes a and b: n_ij is hypergeometric."""
-    total, value = sum(a), 0.0
-    log_factorial = np.concatenate([[0], np.log(np.arange(1, total + 1)).cumsum()])
-    for (x, many), (y, times) in itertools.product(*(Counter(size).items() for size in (a, b))):
-        n = np.arange(max(1, x + y - total), min(x, y) + 1)
-        log_p = (log_factorial[[x, y, total - x, total - y]].sum() - log_factorial[total] - log_factorial[n]
-                 - log_factorial[x - n] - log_factorial[y - n] - log_factorial[total - x - y + n])
-        value += many * times * (n / total * np.log(total * n / max(1, x * y)) * np.exp(log_p)).sum()
+@lru_cache(maxsize=1024)                    # permuted labels ask for the same sizes again
+def expected_x_log_x(a, b):
+    """The sum of n_ij log n_ij, on average over all partitions into sizes a and b.
+
+    n_ij is the number of cluster j's points among those of class i: hypergeometric.
+    """
+    def log_choose(n, k):                   # -inf for what is impossible, which gets probability 0
+        return torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
+
+    b = torch.tensor(b)[:, None]
+    total = b.sum()
+    n = torch.arange(1, int(b.max()) + 1).double()
+    value = 0
+    for size, times in Counter(a).items():
+        size = torch.tensor(size)
+        log_p = log_choose(size, n) + log_choose(total - size, b - n) - log_choose(total, b)
+        value += times * (log_p.exp() * n * n.log()).sum().item()
     return value
 
 
@@ -281,537 +302,506 @@ MEASURES = {"f1": f1, "class_f1": class_f1, "ari": ari, "nmi": nmi, "ami": ami, 
 # ---------------------------------------------------------------- scores without a clustering
 
 
-def means(x, classes):
-    """x (..., N, C), classes (N,) from 0 -> the mean of each class (..., K, C), nan if it has no points."""
-    member = F.one_hot(torch.as_tensor(classes, device=x.device)).to(x.dtype)
-    return member.T @ x / member.sum(0)[:, None]
-
-
 def nc1(x, classes):
     """Within-class over between-class scatter, trace(S_W S_B^+) / K: x (..., N, C), classes (N,) -> (...).
 
-    From 0, where each class has collapsed into one point; at chance large, and the larger the more dimensions
-    there are. nan where all means coincide. S_W is the mean square of a point about its class, S_B of a class
-    about their mean. (Papyan, Han & Donoho 2020.)
+    0 if each class has collapsed into one point; at chance large, and larger in more dimensions, so compare
+    only spaces of the same width. nan if all class means coincide. S_W is the mean square of a point about
+    its class, S_B of a class about their mean. (Papyan, Han & Donoho 2020.)
     """
-    x, classes = torch.as_tensor(x).double(), numbered(classes)
-    x = x - x.mean(-2, keepdim=True)
-    of_class = means(x, classes)
-    m = of_class - of_class.mean(-2, keepdim=True)              # S_B = M^T M / K, and the two K cancel
-    inverse = torch.linalg.pinv(m @ m.mT, rtol=1e-10, hermitian=True)
-    along = (x - of_class[..., classes, :]) @ m.mT @ inverse    # (..., N, K): nothing of C x C is built
-    value = along.square().sum((-1, -2)) / len(classes)
+    x = torch.as_tensor(x)
+    classes = numbered(classes)
+    m = means(x, classes)
+    m = m - m.mean(-2, keepdim=True)                            # S_B = M^T M / K, and the two K cancel
+    along = x @ torch.linalg.pinv(m, rtol=1e-5)                 # (..., N, K): nothing of C x C is built
+    within = (along - means(along, classes)[..., classes, :]).square().sum((-1, -2)) / len(classes)
     apart = m.square().sum((-1, -2)) > 1e-12 * x.square().sum((-1, -2))
-    return torch.where(apart, value, math.nan).cpu().numpy()
+    return (within / apart).cpu().numpy()                       # 0 / 0 is nan
 
 
-def regex_distances(x, units):
-    """Distances (S, L + 1, D, D) between the mean states of units: x (S, L + 1, N, C), units (N,)."""
-    centroids = (means(some.float(), numbered(units)) for some in x)
-    return np.stack([torch.cdist(c, c, compute_mode="donot_use_mm_for_euclid_dist").cpu() for c in centroids])
+def regex_distances(x, units, inputs):
+    """Distances (S, L + 1, D) between the means of every two units with the same input.
+
+    x (S, L + 1, N, C); a unit is a regex of a task with one input; units and inputs are (N,). Also returns a
+    point of the one unit (D,) and of the other (D,).
+    """
+    first = np.unique(units, return_index=True)[1]              # a point of each unit
+    a, b = np.triu_indices(len(first), 1)
+    a, b = np.compress(inputs[first[a]] == inputs[first[b]], [a, b], 1)
+    distances = [(m[:, a] - m[:, b]).norm(dim=2).cpu().numpy() for m in means(x, numbered(units))]
+    return np.array(distances), first[a], first[b]
 
 
-def merge_ratio(distances, tasks, groups):
+def merge_ratio(distances, same):
     """Mean distance between regexes of one task over that between regexes of different tasks.
 
-    Only regexes of one group, say, of one input, are compared: distances holds (..., D, D) for each group,
-    tasks and groups (sum of D,) say of which task and group each regex is. 1 at chance, 0 where a task's
-    regexes have merged; nan where no task has two, no two are of different tasks, or all coincide.
+    distances (..., D) between pairs of regexes, same (D,): are they of one task? 1 at chance, 0 if each
+    task's regexes have merged; nan if no task has two, no two are of different tasks, or all coincide.
     """
-    total, count = [0, 0], [0, 0]
-    for group, distance in zip(np.unique(groups), distances):
-        own = tasks[groups == group]
-        same = own[:, None] == own
-        for i, some in enumerate([same & ~np.eye(len(own), dtype=bool), ~same]):
-            total[i] += distance[..., some].sum(-1)
-            count[i] += some.sum()
     with np.errstate(invalid="ignore"):
-        return (total[0] / count[0]) / (total[1] / count[1])
+        return (distances @ same / same.sum()) / (distances @ ~same / (~same).sum())
 
 
 def knn(train, query, k):
     """The k points of train (N, C) nearest to each of query (Q, C): (Q, k) indices, nearest first.
 
-    Distances are Euclidean; equal ones go by the index. Raises ValueError for k outside 1..N and values that
-    are not finite.
+    Distances are Euclidean; of equal ones the lower index comes first. Raises ValueError for k outside 1..N
+    and points that are not finite.
     """
-    train, query = torch.as_tensor(train).double(), torch.as_tensor(query).double()
-    if not 1 <= k <= len(train):
-        raise ValueError(f"k is {k}, it must be from 1 to the number of points, {len(train)}")
-    if not (train.isfinite().all() and query.isfinite().all()):
-        raise ValueError("neighbours need finite points, these hold nan or infinity")
-    origin = train.median(0).values                             # where most points are, rounding is least
-    unit = 2 ** (train - origin).abs().max().clamp(min=1e-300).log2().floor()       # keeps ties exact
-    lifted, query, found = _lift((train - origin) / unit, 0), (query - origin) / unit, []
-    for some in query.split(max(1, 4 * AT_ONCE[train.device.type] // len(train))):
-        squared = _squared(some, lifted)
-        farthest = squared.topk(k, largest=False).values[:, -1:]
-        near = squared.topk(int((squared <= farthest).sum(1).max()), largest=False).indices.sort(1).values
-        order = squared.gather(1, near).argsort(dim=1, stable=True)[:, :k]     # equal ones stay in order
-        found.append(near.gather(1, order))
+    train = torch.as_tensor(train).double()
+    query = torch.as_tensor(query).double()
+    if not (1 <= k <= len(train) and train.isfinite().all() and query.isfinite().all()):
+        raise ValueError(f"k = {k} must be in 1..{len(train)}, the number of points, and the points finite")
+    origin = train.median(0).values                             # amid the points, where rounding is least
+    found = []
+    for some in query.split(max(1, AT_ONCE // len(train))):
+        distances = torch.cdist(some - origin, train - origin)
+        nearest = distances.topk(k, largest=False)
+        tied = int((distances <= nearest.values[:, -1:]).sum(1).max())
+        if tied > k:                                            # topk took any of them: take them all
+            nearest = distances.topk(tied, largest=False)
+        index = nearest.indices.sort(1).values
+        order = distances.gather(1, index).argsort(dim=1, stable=True)[:, :k]
+        found.append(index.gather(1, order))
     return torch.cat(found)
 
 
-def vote(labels):
-    """The majority of labels (..., K), those of the nearest first -> (...); of a tie the nearest counts."""
-    votes = sum(labels == labels[..., k:k + 1] for k in range(labels.shape[-1]))
-    return np.take_along_axis(labels, votes.argmax(-1)[..., None], -1)[..., 0]
+def majority(labels):
+    """The most frequent of labels (..., k), of several the lowest: (...)."""
+    return torch.as_tensor(labels).mode().values.numpy()
 
 
 def cosines(x, tasks):
     """x (..., N, C), tasks (N,) -> (..., K, K), the mean cosine between centred states of every two tasks."""
-    x = F.normalize(x.float() - x.float().mean(-2, keepdim=True), dim=-1)
-    m = means(x, tasks)
-    return (m @ m.mT).cpu().numpy()
+    m = means(F.normalize(normalise(x), dim=-1), tasks)
+    return (m @ m.mT).cpu().numpy().round(5)                    # the rest is rounding error
 
 
 def rsa(similar, overlap):
-    """Correlation over pairs of tasks of two similarities (..., K, K) -> (...); nan where one does not vary.
+    """Correlation over pairs of tasks of two similarities (..., K, K) -> (...); nan if one does not vary.
 
-    (Kriegeskorte, Mur & Bandettini 2008.)
+    Representational similarity analysis (Kriegeskorte, Mur & Bandettini 2008).
     """
-    above = np.triu_indices(len(overlap), 1)
-    x, y = (z[..., *above] - z[..., *above].mean(-1, keepdims=True) for z in (similar, overlap))
-    size = np.sqrt((x ** 2).sum(-1) * (y ** 2).sum(-1))
-    return np.where(size > 1e-9, (x * y).sum(-1) / np.where(size > 1e-9, size, 1), math.nan)
+    one, other = np.triu_indices(len(overlap), 1)
+    x = similar[..., one, other].reshape(-1, len(one))
+    with np.errstate(all="ignore"):
+        return np.corrcoef(overlap[one, other], x)[0, 1:].reshape(similar.shape[:-2])
 
 
 # ---------------------------------------------------------------- from states to rows
 
 N_NULL = 20             # draws of every null
 NEIGHBOURS = 10         # states of subset that each state of another split is compared with
-LOWER = "nc1", "merge_ratio"    # the less, the more clustered: these pass their null_95 from above
+LOWER = "nc1", "merge_ratio"    # the less, the more clustered
 
-VIEWS = {       # what is done to states (..., N, C), whose inputs are numbered `inputs`, at first
-    "raw": lambda x, inputs: x,                     # which may stay float16, half the memory
-    "centred": lambda x, inputs: x.float() - means(x.float(), inputs)[..., inputs, :],
-    "standardised": lambda x, inputs: F.layer_norm(x.float().mT, x.shape[2:3], eps=1e-12).mT,
+VIEWS = {       # what is done first to states (..., N, C), whose inputs are numbered `inputs`
+    "raw": lambda x, inputs: x,
+    "centred": lambda x, inputs: x.double() - means(x.double(), inputs)[..., inputs, :],
 }
 
 
 def deal(labels, units, groups, seed):
-    """The draws of a null: labels of units, dealt to the units at random within each group. All are (N,)."""
-    first = np.unique(units, return_index=True)[1]              # a point of each unit
-    labels, group, units = labels[first], groups[first], numbered(units)
+    """The draws of a null: the labels of units, dealt to the units of each group at random. All are (N,)."""
+    _, first, unit = np.unique(units, return_index=True, return_inverse=True)
+    labels = labels[first]
+    group = groups[first]
     draws = []
     for i in range(N_NULL):
-        order = torch.randperm(len(first), generator=make_generator(f"{seed}/null/{i}")).numpy()
-        shuffled = order[np.argsort(group[order], kind="stable")]       # group by group, at random within
-        dealt = np.empty_like(labels)
-        dealt[np.argsort(group, kind="stable")] = labels[shuffled]
-        draws.append(dealt[units])
+        luck = torch.rand(len(first), generator=make_generator(f"{seed}/null/{i}"))
+        dealt = labels.copy()
+        # both orders go group by group, the second at random within each
+        dealt[np.argsort(group, kind="stable")] = labels[np.lexsort((luck, group))]
+        draws.append(dealt[unit])
     return draws
 
 
-def beside(score, labels, **nulls):
-    """score(labels) (S, L + 1) as `value`; of each null the mean, and the bounds that 95 % of draws keep."""
+def make_rows(steps, identity, measure, score, labels, **nulls):
+    """A row per step and layer: score(labels) (S, L + 1), and the mean and the extreme of each null's draws.
+
+    By chance a score passes the most extreme of 20 draws, `null_95`, once in 21 times. Undefined numbers are
+    None.
+    """
     columns = {"value": score(labels)}
+    rows = []
     for name, draws in nulls.items():
         scores = [score(draw) for draw in draws]
         columns[f"{name}_mean"] = np.mean(scores, 0)
-        columns[f"{name}_95"] = np.quantile(scores, 0.95, 0, method="higher")
-        columns[f"{name}_5"] = np.quantile(scores, 0.05, 0, method="lower")
-    return columns
-
-
-def score_states(states, labels, steps, seed=0, known=None, overlaps=()):
-    """Score states (S, L + 1, N, C) by every identity of labels, name -> (N,) of any type; return rows.
-
-    A row has step, layer, identity, measure, value and its nulls: null_mean and null_95, of permuted labels,
-    and for `task`, if there are labels `distribution`, regrouped_mean and regrouped_95: whole regexes are
-    dealt to the tasks. If there are labels `input`, both are dealt within each input. A number that is not
-    defined is None. k-means is fitted to these states: the question is whether there are clusters, not
-    whether those of others are found again.
-
-    known: (states, labels) to find neighbours among. overlaps: name -> (K, K), how much tasks have in common.
-    """
-    x, rows = torch.as_tensor(states), []
-    number = {identity: numbered(of) for identity, of in labels.items()}
-    everyone, task, regex = np.arange(x.shape[2]), number.get("task"), number.get("distribution")
-    inputs = number.get("input", np.zeros(len(everyone), int))
-
-    def add(identity, measure, columns):
-        for s, layer in np.ndindex(columns["value"].shape):
-            row = {"step": steps[s], "layer": layer, "identity": identity, "measure": measure}
-            for name in "value", "null_mean", "null_95", "regrouped_mean", "regrouped_95":
-                column = columns.get(name.replace("95", "5") if measure in LOWER else name)
-                value = math.nan if column is None else float(column[s, layer])
-                row[name] = None if math.isnan(value) else value
-            rows.append(row)
-
-    if task is not None and regex is not None:
-        units = numbered([f"{i} {r} {t}" for i, r, t in zip(inputs, regex, task)])
-    for identity, classes in number.items():
-        if identity == "input_set" and task is not None and f1(task, classes) == 1:
-            continue                        # each task has inputs of its own: this says what `task` does
-        nulls = {"null": deal(classes, everyone, 0 * inputs if identity == "input" else inputs, seed)}
-        if identity == "task" and regex is not None:
-            nulls["regrouped"] = deal(classes, units, inputs, seed)
-        clusters = kmeans(x, int(classes.max()) + 1, seed=seed)[0].cpu().numpy()            # (S, L + 1, N)
-        for name, measure in MEASURES.items():
-            add(identity, name, beside(lambda c: measure(c, clusters), classes, **nulls))
-        if identity == "task":
-            add(identity, "nc1", beside(lambda c: np.stack([nc1(some, c) for some in x]), classes, **nulls))
-
-    if task is not None and regex is not None:
-        first = np.unique(units, return_index=True)[1]
-        group, of_unit = inputs[first], task[first]
-        distances = [regex_distances(x[:, :, inputs == i], units[inputs == i]) for i in np.unique(inputs)]
-        dealt = deal(of_unit, np.arange(len(first)), group, seed)
-        add("task", "merge_ratio", beside(lambda c: merge_ratio(distances, c, group), of_unit, null=dealt))
-    if task is not None and overlaps:
-        similar = np.stack([cosines(some, task) for some in x])
-        tasks = np.arange(similar.shape[-1])
-        orders = deal(tasks, tasks, 0 * tasks, seed)
-        for name, overlap in overlaps.items():
-            if overlap.shape != similar.shape[-2:] or len(overlap) < 2:
-                continue                    # of other tasks, or of a single one
-            shuffled = [overlap[order][:, order] for order in orders]
-            add(name, "rsa", beside(lambda o: rsa(similar, o), overlap, null=shuffled))
-    if known and known[0].shape[-1] == x.shape[-1] and len(known[0][0]) == len(x[0]):
-        others, of_others = torch.as_tensor(known[0]), known[1]
-        near = find_neighbours(others, x, of_others.get("distribution", everyone[:1]))
-        closest = near[..., :NEIGHBOURS]
-        theirs = numbered(of_others["input"]) if "input" in of_others else np.zeros(others.shape[2], int)
-        for identity in ("task", "output"):
-            if identity in labels and identity in of_others:
-                own, other = np.asarray(labels[identity]), np.asarray(of_others[identity])
-                dealt = deal(other, np.arange(len(other)), theirs, seed)
-                add(identity, f"knn_{identity}",
-                    beside(lambda c: (vote(c[closest]) == own).mean(-1), other, null=dealt))
-                if identity == "task":
-                    add(identity, "knn_share",
-                        beside(lambda c: (c[closest] == own[:, None]).mean((-1, -2)), other, null=dealt))
-                    if regex is not None and "distribution" in of_others:
-                        theirs_too = np.asarray(of_others["distribution"])[near]
-                        of_own = theirs_too == np.asarray(labels["distribution"])[:, None]
-                        if (~of_own).sum(-1).min() < NEIGHBOURS:
-                            continue                                    # too few others
-                        others_first = np.argsort(of_own, -1, kind="stable")[..., :NEIGHBOURS]
-                        apart = np.take_along_axis(near, others_first, -1)
-                        add(identity, "knn_share_other",
-                            beside(lambda c: (c[apart] == own[:, None]).mean((-1, -2)), other, null=dealt))
+        columns[f"{name}_95"] = np.min(scores, 0) if measure in LOWER else np.max(scores, 0)
+    for s, layer in np.ndindex(columns["value"].shape):
+        numbers = {name: float(column[s, layer]) for name, column in columns.items()}
+        rows.append({"step": steps[s],
+                     "layer": layer,
+                     "identity": identity,
+                     "measure": measure,
+                     **{name: None if math.isnan(x) else x for name, x in numbers.items()}})
     return rows
 
 
-def find_neighbours(known, query, regex):
-    """Indices (S, L + 1, Q, k) of the states of known that are nearest to each of query, nearest first.
+def score_states(states, labels, steps, seed=0, overlaps={}):
+    """Score states (S, L + 1, N, C) by every identity of labels, name -> (N,) of any type; returns rows.
 
-    So many that NEIGHBOURS are left without those of any one regex.
+    A row has step, layer, identity, measure, value and its nulls: null_mean and null_95 of permuted labels;
+    for the identity `task`, if there are labels `distribution`, regrouped_mean and regrouped_95 of whole
+    regexes dealt to the tasks. If there are labels `input`, both deal within each input. k-means is fitted
+    to these very states: the question is whether they cluster, not whether clusters of other states are
+    found again.
+
+    overlaps: name -> (K, K), how much every two tasks have in common, for `rsa`; its null permutes tasks.
     """
-    k = min(NEIGHBOURS + np.unique(regex, return_counts=True)[1].max(), known.shape[2])
-    near = [knn(a, b, int(k)) for a, b in zip(known.flatten(0, 1), query.flatten(0, 1))]
-    return torch.stack(near).view(*query.shape[:3], -1).cpu().numpy()
+    x = normalise(torch.as_tensor(states))
+    N = x.shape[2]
+    rows = []
+
+    ids = {identity: numbered(of) for identity, of in labels.items()}
+    task = ids.get("task")
+    regex = ids.get("distribution")
+    inputs = ids.get("input", np.zeros(N, int))
+    for identity, classes in ids.items():
+        if identity == "input_set" and task is not None and f1(task, classes) == 1:
+            continue                        # each task has its own inputs: this would repeat `task`
+        within = 0 * inputs if identity == "input" else inputs
+        nulls = {"null": deal(classes, np.arange(N), within, seed)}
+        if identity == "task":
+            if regex is not None:
+                units = (regex * N + task) * N + inputs
+                nulls["regrouped"] = deal(task, units, inputs, seed)
+                distances, a, b = regex_distances(x, units, inputs)
+                rows += make_rows(steps, "task", "merge_ratio",
+                                  lambda c: merge_ratio(distances, c[a] == c[b]), task,
+                                  regrouped=nulls["regrouped"])
+            rows += make_rows(steps, "task", "nc1", lambda c: nc1(x, c), task, **nulls)
+            similar = cosines(x, task)
+            order = np.unique(task)
+            orders = deal(order, order, 0 * order, seed)
+            for name, overlap in overlaps.items():
+                if len(overlap) == len(order) > 2:
+                    rows += make_rows(steps, name, "rsa",
+                                      lambda to: rsa(similar, overlap[to][:, to]), order, null=orders)
+        clusters = kmeans(x, classes.max() + 1, seed=seed)[0].cpu().numpy()                 # (S, L + 1, N)
+        for name, measure in MEASURES.items():
+            rows += make_rows(steps, identity, name,
+                              lambda c: measure(c, clusters), classes, **nulls)
+    return rows
+
+
+def score_neighbours(states, labels, known, known_labels, steps):
+    """Score states (S, L + 1, N, C) by the labels of the nearest known ones (S, L + 1, M, C); returns rows.
+
+    Labels are whole numbers. The null deals the known ones, within each input. knn_share_other ignores
+    neighbours of a state's own regex. There are no rows if that could leave too few neighbours, or if the
+    states are of another network.
+    """
+    M = known.shape[2]
+    rows = []
+    regex = known_labels.get("distribution", np.arange(M))
+    k = NEIGHBOURS + max(Counter(regex).values())
+    if k > M or known.shape[1::2] != states.shape[1::2]:        # layers and width
+        return rows
+    near = np.array([[knn(*layer, k).cpu() for layer in zip(*some)]
+                     for some in zip(known, states)])           # (S, L + 1, N, k)
+    own_regex = regex[near] == labels.get("distribution", np.full(states.shape[2], -1))[:, None]
+    others_first = np.argsort(own_regex, -1, kind="stable")
+    others = np.take_along_axis(near, others_first, -1)[..., :NEIGHBOURS]
+    near = near[..., :NEIGHBOURS]
+    for identity in ("task", "output"):
+        if identity in labels and identity in known_labels:
+            own = labels[identity]
+            theirs = known_labels[identity]
+            null = deal(theirs, np.arange(M), known_labels.get("input", 0 * theirs), 0)
+            scores = {f"knn_{identity}": lambda c: (majority(c[near]) == own).mean(-1),
+                      "knn_share": lambda c: (c[near] == own[:, None]).mean((-1, -2)),
+                      "knn_share_other": lambda c: (c[others] == own[:, None]).mean((-1, -2))}
+            for name, score in scores.items():
+                rows += make_rows(steps, identity, name, score, theirs, null=null)
+    return rows
+
+
+def find_overlaps(labels, counts, split):
+    """name -> (K, K): how many inputs and outputs every two tasks of a split share, how alike their letters.
+
+    labels and counts are those of read_labels and surface.
+    """
+    overlaps = {}
+    for name, ids in labels.items():
+        if name.startswith(f"{split}/") and "task" in ids:
+            tasks = numbered(ids["task"])
+            for identity in ("input", "output"):
+                if identity in ids:
+                    has = contingency(tasks, ids[identity]).clip(max=1)
+                    overlaps[identity] = has @ has.T
+            if name in counts:
+                overlaps["surface"] = cosines(counts[name], tasks)
+    return overlaps
+
+
+def surface(texts):
+    """No network at all: name -> texts (N,) becomes name -> counts of tokens and bigrams (N, F)."""
+    if not texts:
+        return {}
+    everything = [text for some in texts.values() for text in some]
+    rows = []
+    grams = []
+    cut_into = "words" if " " in "".join(everything) else "characters"
+    for i, text in enumerate(everything):
+        tokens = cut(text, cut_into)
+        some = ["", *tokens, *map(" ".join, zip(tokens, tokens[1:]))]       # "": no text has a row, too
+        rows += [i] * len(some)
+        grams += some
+    counts = torch.from_numpy(contingency(rows, numbered(grams))).split([*map(len, texts.values())])
+    return dict(zip(texts, counts))
 
 
 def kept_steps(folder):
-    """The steps whose captures are there; other files, as editors leave them, do not count."""
+    """The steps whose captures are in a folder."""
     return sorted(int(path.stem) for path in Path(folder).glob("states/*.npz") if path.stem.isdecimal())
 
 
 def read_labels(folder):
-    """position -> split -> identity -> (N,), from labels.npz, or made anew for a run: identities may be new.
+    """"split/position" -> identity -> (N,), from labels.npz; for a run, made anew: identities may be new.
 
-    Raises ValueError if there are none, or not as many of every identity.
+    Labels are numbered, except `text`. The first position of a split that has it is also its `surface`.
+    Raises ValueError if there are no labels, or not as many of every identity.
     """
     path = f"{folder}/states/labels.npz"
-    arrays = make_labels(read_data(folder)) if is_run(folder) else read_arrays(path)
+    is_run = Path(folder, "config.json").exists()
+    arrays = make_labels(read_data(folder)) if is_run else read_arrays(path)
     labels = {}
+    numbers = {}
     for name, of in arrays.items():
-        split, position, identity, *more = [*name.split("/"), "", ""][:4]
-        ids = labels.setdefault(position, {}).setdefault(split, {})
-        ids[identity] = of
-        if not identity or position == "surface" or of.ndim != 1 or not len(of) == len(ids[min(ids)]) > 0:
-            raise ValueError(f"{path}: {name} must be called split/position/identity, and have as many "
-                             "labels as other identities of that split and position")
+        where, _, identity = name.rpartition("/")
+        ids = labels.setdefault(where, {})
+        ids[identity] = of.astype(str)
+        if where.count("/") != 1 or of.shape != (len(ids[min(ids)]),):
+            raise ValueError(f"{path}: {name} must be named split/position/identity, and hold a label for "
+                             "each state, as many as other identities there")
+        if identity == "text":
+            labels.setdefault(f"{where.split('/')[0]}/surface", ids)
+        else:                               # the same number wherever a label occurs
+            ids[identity] = np.array([numbers.setdefault(label, len(numbers))
+                                      for label in ids[identity]])
     return labels
-
-
-def is_run(folder):
-    """Whether a folder is a run, rather than nothing but states."""
-    return Path(folder, "config.json").exists()
 
 
 def read_states(folder, steps, name, n):
     """The states (S, L + 1, n, C) called name, as split/position. Raises ValueError if they do not fit."""
-    states = []
-    for step in steps:
-        path = capture_path(folder, step)
-        x = read_arrays(path).get(name, np.zeros(0))
-        states.append(x)
-        if x.ndim != 3 or not x.size or x.shape[1] != n or x.shape != states[0].shape or x.dtype.kind != "f":
-            raise ValueError(f"{path} and labels.npz do not fit: {name} must be floats, layers x {n} states "
-                             "x width, at every step")
-        if not np.isfinite(x).all() or float(np.abs(x).max()) > 1e30:
-            raise ValueError(f"{path}: {name} holds nan or infinity, or over 1e30; train with a lower lr")
-    return torch.from_numpy(np.stack(states))
-
-
-def surface(texts):
-    """No network at all: split -> texts (N,) becomes split -> (1, 1, N, F), counts of tokens and bigrams."""
-    spaced = any(" " in text for some in texts.values() for text in some)
-    bags = {}
-    for split, some in texts.items():
-        tokens = [cut(text, "words" if spaced else "characters") for text in some]
-        bags[split] = [Counter([*of, *zip(of, of[1:])]) for of in tokens]
-    grams = sorted({gram for some in bags.values() for bag in some for gram in bag}, key=str) or [""]
-    return {split: torch.tensor([[[[bag[gram] for gram in grams] for bag in some]]], dtype=torch.float)
-            for split, some in bags.items()}
-
-
-def find_overlaps(labels, split, bags):
-    """name -> (K, K), how many inputs and outputs every two tasks share, and how alike their letters are."""
-    overlaps = {}
-    for position, of in labels.items():
-        ids = of.get(split, {})
-        for identity in [key for key in ("input", "output") if key in ids and "task" in ids]:
-            has = (contingency(numbered(ids["task"]), numbered(ids[identity])) > 0).astype(float)
-            overlaps[identity] = has @ has.T
-        if position == "surface" and "task" in ids:
-            letters = F.normalize(means(bags[split][0, 0], numbered(ids["task"])), dim=-1)
-            overlaps["surface"] = (letters @ letters.T).numpy()
-    return overlaps
-
-
-def progress(text):
-    """Show what is being done in a line of a terminal that the next one replaces."""
-    if sys.stderr and sys.stderr.isatty():
-        print(f"\r\x1b[K{text}", end="\r", file=sys.stderr, flush=True)
+    with reading(f"{folder}/states", f"every capture must have {name}, finite numbers, layers x {n} labelled "
+                 "states x width, the same at every step"):
+        x = np.stack([read_arrays(capture_path(folder, step))[name] for step in steps])
+        S, L, N, C = x.shape
+        if N != n or not np.isfinite(x).all():
+            raise ValueError(x.shape)
+        return torch.from_numpy(x)
 
 
 def probe(folder, views=("raw",)):
     """Score every capture of a run, or of any folder of states, at every layer, position and split.
 
-    Returns the rows of score_states, with view, position and split, and writes them to probe.jsonl if it can.
-    Position `surface` is no network's: counts of the tokens and bigrams of labels `text`, step 0. View
-    `centred` is only for states with labels `input`. Neighbours are sought among split `subset`. Raises
+    Returns rows, as score_states does, with view, position and split, and writes them to probe.jsonl if it
+    can. Position `surface` is no network: counts of the tokens and bigrams in labels `text`, at step 0. View
+    `centred` is only for states with labels `input`. Neighbours are looked for in split `subset`. Raises
     ValueError if nothing was captured, and for a folder that is damaged.
     """
-    steps, labels, rows, bags = kept_steps(folder), read_labels(folder), [], {}
-    if not steps:
-        raise ValueError(f"{folder} has no captures: train it first")
-    seed = read_config(folder).seed if is_run(folder) else 0
-    with_text = [of for of in labels.values() if all("text" in ids for ids in of.values())]
-    if with_text:
-        labels["surface"] = with_text[0]
-        bags = surface({split: ids["text"].astype(str) for split, ids in with_text[0].items()})
-    splits = {split for of in labels.values() for split in of}
-    overlaps = {split: find_overlaps(labels, split, bags) for split in splits}
-    for view, (position, of) in itertools.product(dict.fromkeys(views), labels.items()):
-        known = None
-        for split in sorted(of, key=lambda split: split != "subset"):       # first, to seek neighbours there
-            ids = {identity: x for identity, x in of[split].items() if identity != "text"}
+    steps = kept_steps(folder)
+    labels = read_labels(folder)
+    counts = surface({name: ids["text"] for name, ids in labels.items() if name.endswith("/surface")})
+    rows = []
+    known = {}                              # (view, position) -> states and labels of subset
+    # subset comes first, so that the others find their neighbours in it
+    for name in sorted(labels, key=lambda name: not name.startswith("subset/")):
+        split, position = name.split("/")
+        ids = {identity: of for identity, of in labels[name].items() if identity != "text"}
+        for view in views:
             if not ids or view == "centred" and "input" not in ids:
                 continue
-            progress(f"{view} states at {position} of {split}")
             n = len(ids[min(ids)])
-            if position == "surface":
-                at, states = [0], bags[split]
-            else:
-                at, states = steps, read_states(folder, steps, f"{split}/{position}", n)
-            states = VIEWS[view](states.to(pick_device()), numbered(ids.get("input", np.zeros(n))))
-            scored = score_states(states, ids, at, seed, known, overlaps[split])
-            rows += [{"view": view, "position": position, "split": split, **row} for row in scored]
+            at = [0] if name in counts else steps
+            x = counts[name][None, None] if name in counts else read_states(folder, steps, name, n)
+            distinct = len(x[-1, -1].unique(dim=0))
+            print(f"{view} {name}: {n} states, {distinct} of them distinct in the last layer", flush=True)
+            x = VIEWS[view](x.to(pick_device()), ids.get("input"))
+            overlaps = find_overlaps(labels, counts, split)
+            scored = score_states(x, ids, at, overlaps=overlaps)
             if split == "subset":
-                known = states, ids
-    progress("")
+                known[view, position] = x, ids
+            elif (view, position) in known:
+                scored += score_neighbours(x, ids, *known[view, position], at)
+            where = {"view": view, "position": position, "split": split}
+            rows += [{**where, **row} for row in scored]
     if not rows:
         raise ValueError(f"{folder}: labels.npz has no identity to score, or no `input` for view centred")
     try:
         write_rows(f"{folder}/probe.jsonl", rows)
+        print(f"{len(rows):,} scores are in {folder}/probe.jsonl")
     except OSError as e:
         print(f"the scores could not be kept: {e}")
     return rows
 
 
-def emergence(steps, values, null):
-    """The first step since which values stay beyond null, and the first from there on at 90 % of the last.
+# ---------------------------------------------------------------- the report
 
-    None if they are not beyond null at the end.
-    """
-    beyond = [x > bound for x, bound in zip(values, null)]
-    since = len(beyond) - beyond[::-1].index(False) if False in beyond else 0
-    return next(((steps[since], step) for step, x in zip(steps[since:], values[since:])
-                 if x >= 0.9 * values[-1]), None)
-
-
-def bound(row):
-    """The null that a score has to pass: of clusterings by task the harder one."""
-    return row["null_95"] if row["regrouped_95"] is None else row["regrouped_95"]
+SHADES = "·░▒▓█"        # the first is for what is within its null
 
 
 def is_beyond(row):
-    """Whether a score is beyond its null; not if one of them is undefined."""
-    if row["value"] is None or bound(row) is None:
-        return False
-    return row["value"] < bound(row) if row["measure"] in LOWER else row["value"] > bound(row)
+    """Whether a score passes its null, the harder one if there are two; None if it has no null."""
+    null = row.get("regrouped_95", row.get("null_95"))
+    if None in (null, row["value"]):
+        return None
+    return row["value"] < null if row["measure"] in LOWER else row["value"] > null
 
 
 def print_report(folder, rows):
     """Print what the rows of one view say of val, or of the first split there is."""
-    split = "val" if any(row["split"] == "val" for row in rows) else rows[0]["split"]
-    cells = {(row["position"], row["identity"], row["measure"], row["step"], row["layer"]): row
-             for row in rows if row["split"] == split}
-    scored = list(dict.fromkeys(key[:3] for key in cells))
-    steps, layers = (sorted({key[i] for key in cells if key[0] != "surface"}) for i in (3, 4))
-    accuracy = {}
-    if is_run(folder):
-        accuracy = {row["step"]: row[f"acc_{split}"] for row in read_rows(f"{folder}/metrics.jsonl")}
-    heat = [key for key in scored if key[1:] == ("task", "f1") and key[0] != "surface"]
-    print_heat(cells, heat, steps, layers, accuracy)
-    print(f"\nScores of {split}, step {steps[-1]}, view {rows[0]['view']}; less is more: nc1, merge_ratio.\n"
-          "A dot: within its own null, the most extreme of 20 draws. By chance one score in 21 is beyond.\n"
-          f"{'':36}layer{''.join(f'{layer:2}     ' for layer in layers)}")
-    for key in scored:
-        some = [cells.get((*key, 0 if key[0] == "surface" else steps[-1], layer)) for layer in layers]
-        print(f"{' '.join(key):36}{''.join(map(cell, some))}")
-    for key in heat:
-        layers = sorted({layer for *other, _, layer in cells if tuple(other) == key})
-        top = [cells[*key, step, layers[-1]] for step in steps]
-        found = emergence(steps, [row["value"] for row in top], [bound(row) for row in top])
-        print(f"\nAt `{key[0]}`, layer {layers[-1]}, F1 of task is beyond its null "
-              f"{f'from step {found[0]} on' if found else 'at the end of training: never'}"
-              f"; accuracy passes 0.5 at step {next((s for s, x in accuracy.items() if x > 0.5), '-')}.")
-
-
-def cell(row):
-    """A number of the table, with a dot if it is within its null; nothing where there is no row."""
-    if row is None:
-        return ""
-    if row["value"] is None:
-        return "-".rjust(7)
-    return f"{'' if is_beyond(row) else shades()[0]}{row['value']:.2f}".rjust(7)
-
-
-def shades():
-    """Five shades that standard output can show; the first is for what is within its null."""
-    encoding = getattr(sys.stdout, "encoding", None) or "ascii"
-    return "·░▒▓█" if "█".encode(encoding, "ignore") else ".-+*#"
-
-
-def print_heat(rows, keys, steps, layers, accuracy):
-    """Print a heat table of scores and accuracy, as many captures as fit the terminal, in characters alone.
-
-    rows: (*key, step, layer) -> row of probe.jsonl, for each of keys (position, identity, measure).
-    """
-
     def shade(value):
-        return "-" if value is None else shades()[0 if value == 0 else 1 + min(3, int(4 * value))]
+        return 2 * SHADES[1 + min(3, int(4 * value)) if value else 0]
 
-    every = math.ceil(len(steps) / max(1, (shutil.get_terminal_size().columns - 9) // 2))
-    shown = steps[::-1][::every][::-1]
-    print(f"\nAt a glance: pairwise F1 of task, val, a column a capture, steps {shown[0]} to {shown[-1]}.\n"
-          "{0} within its null, regrouped; beyond it {1}, from 0.25 {2}, 0.5 {3}, 0.75 {4}; of accuracy, "
-          "{0} is 0".format(*shades()))
-    for key in keys:
-        print(f"at `{key[0]}`")
-        for layer in reversed(layers):
-            cells = [rows[*key, step, layer] for step in shown if (*key, step, layer) in rows]
-            if cells:
-                values = (x["value"] if is_beyond(x) else 0 for x in cells)
-                print(f"layer {layer:2} " + "".join(2 * shade(value) for value in values))
-    print("accuracy " + "".join(2 * shade(accuracy.get(step)) for step in shown))
+    splits = [row["split"] for row in rows]
+    split = "val" if "val" in splits else splits[0]
+    last = max(row["step"] for row in rows)
+    heat = defaultdict(str)
+    since = {}
+    table = defaultdict(str)
+    for row in rows:
+        if row["split"] != split:
+            continue
+        # the table has the last step, the heat table every step of one measure
+        name = f"{row['position']} {row['identity']} {row['measure']}"
+        if row["step"] == last or row["position"] == "surface":
+            dot = SHADES[0] * (is_beyond(row) is False)
+            table[name] += ("-" if row["value"] is None else f"{dot}{row['value']:.2f}").rjust(7)
+        if name == f"{row['position']} task f1" != "surface task f1":
+            layer = f"{row['position']:12}layer {row['layer']:2}  "
+            heat[layer] += shade(is_beyond(row) and row["value"])
+            since.setdefault(layer, row["step"])
+            if not is_beyond(row):
+                since.pop(layer)
+
+    print(f"\nAt a glance: pairwise F1 of task, {split}, a column per capture, then the step since which it "
+          "is beyond its null.\n"
+          "{} within the null; beyond it {}, from 0.25 {}, 0.5 {}, 0.75 {}".format(*SHADES))
+    for layer in sorted(heat, reverse=True):
+        print(f"{layer}{heat[layer]}  {since.get(layer, '')}")
+    if Path(folder, "metrics.jsonl").exists():
+        accuracies = [row[f"acc_{split}"] for row in read_rows(f"{folder}/metrics.jsonl")]
+        print(f"{'accuracy':22}{''.join(map(shade, accuracies))}")
+    layers = sorted({row["layer"] for row in rows})
+    print(f"\nScores of {split} at the last step, view {rows[0]['view']}; less is more: {', '.join(LOWER)}.\n"
+          f"{SHADES[0]} is within its own null, the most extreme of {N_NULL} draws: by chance one score in "
+          f"{N_NULL + 1} is beyond it.\n{'layer':36}{''.join(f'{layer:7}' for layer in layers)}")
+    for name, cells in table.items():
+        print(f"{name:36}{cells}")
+    found = {row[key] for row in rows for key in ("identity", "position", "split")}
+    missing = {"task", "distribution", "input", "output", "surface", "subset"} - found
+    if missing:
+        print(f"Left out, for want of labels: {', '.join(sorted(missing))}.")
 
 
 # ---------------------------------------------------------------- the causal test
 
 
-def donors(split, read, tasks, seed):
-    """(N,): for each prompt one of its input and columns, and another output; -1 if there is none.
+def exchanges(x, y, centroids, columns):
+    """(position, patch) -> where (n, T, 1) states x of prompts (n, T, C) change, and into what (n, T, C).
 
-    Both are of these tasks.
+    y are the donors' states; columns: position -> (n,); centroids: position -> the mean states of both tasks
+    by input (2, n, inputs, C), nan where a task lacks an input.
     """
-    alike, rng, x = {}, random.Random(f"{seed}/donors"), split.instances
-    keys = list(zip((one.input for one in x), *(columns.tolist() for columns in read.values())))
-    for i, key in enumerate(keys):
-        if x[i].task in tasks:
-            alike.setdefault(key, []).append(i)
-    others = ([j for j in alike.get(key, ()) if x[j].output != x[i].output and x[i].task in tasks]
-              for i, key in enumerate(keys))
-    return np.array([rng.choice(some) if some else -1 for some in others])
-
-
-def exchanges(x, y, at, own, theirs, noise):
-    """Yield (position, patch, mask (B, T), new (B, 1 or T, C)) for states x of prompts, y of their donors.
-
-    `at` is where positions are read (B,), own and theirs both tasks' centroids there, noise unit vectors.
-    """
-    column = torch.arange(x.shape[1], device=x.device)
-    for position, here in at.items():
-        mask = column == here[:, None]
-        state, apart = x[mask], theirs[position] - own[position]
-        for name, new in {
-                "own centroid": own[position], "centroid": theirs[position], "donor": y[mask],
-                "random": state.norm(dim=1, keepdim=True) * noise, "shift": state + apart,
-                "random shift": state + apart.norm(dim=1, keepdim=True) * noise}.items():
-            yield position, name, mask, new[:, None]
-    yield "span", "nothing", column[None] < 0, x
-    yield "span", "donor", column <= at["instruction"][:, None], y
+    column = torch.arange(x.shape[1])[:, None]
+    sep = columns["instruction"][:, None, None]
+    spans = {"nothing": column < 0,
+             "letters": column < sep,
+             "instruction": column <= sep,
+             "from <sep> on": column >= sep}
+    patches = {("span", name): (here, y) for name, here in spans.items()}
+    noise = torch.randn(len(x), 1, x.shape[2], generator=make_generator("noise"))
+    noise = noise / x.shape[2] ** 0.5                           # about as long as 1
+    for position, at in columns.items():
+        own, other = centroids[position]
+        shift = (other - own).nanmean(1, keepdim=True)          # over the inputs that both tasks have
+        new = {"donor": y,
+               "centroid": other.nanmean(1, keepdim=True),
+               "own centroid": own.nanmean(1, keepdim=True),
+               "random": noise * x.norm(dim=2, keepdim=True),
+               "shift": x + shift,
+               "random shift": x + noise * shift.norm(dim=2, keepdim=True)}
+        for name, states in new.items():
+            patches[position, name] = column == at[:, None, None], states
+    return patches
 
 
 @torch.no_grad()
 def patch(run):
-    """Are the clusters used? Exchange states of val's prompts, layer by layer, and see what is answered.
+    """Do answers depend on the clusters? Exchange states of val's prompts at one layer and see.
 
-    Each prompt has a donor, a prompt of another task with the same input and another output. The state at a
-    position becomes the centroid of its own task or of the donor's, the donor's state, or a random vector as
-    long; or it is shifted by the difference of the two centroids, or randomly as far. Centroids are those of
-    subset. The positive control, `span`, exchanges the states of the whole instruction. Writes and returns
-    the rows of patch.jsonl: layer, position, patch, and the shares of n answers that become the donor's, stay
-    right, do neither. Raises ValueError if the run has no checkpoint, or no prompt has a donor.
+    Each prompt has a donor, a prompt with the same input, of another task and with another output. The
+    state at a position becomes the donor's, the centroid of the donor's task or of its own, or a random
+    vector as long; or it is shifted by the difference of the two centroids, or randomly as far. A `span` of
+    states becomes the donor's; the whole instruction is the positive control. Centroids are means over val,
+    answers are known by their first token.
+
+    Writes and returns the rows of patch.jsonl: layer, position, patch, n, the shares of n answers that
+    become the donor's and that stay right, and `next`, the probability at <sep> of the inputs of the donor's
+    task. Raises ValueError if the run has no checkpoint, or no prompt has a donor.
     """
-    cfg, data = read_config(run), read_data(run)
-    device = pick_device()          # wherever it was trained
-    model = load_model(run, data)
-    val, subset, generator = data.splits["val"], data.splits["subset"], make_generator(f"{cfg.seed}/patch")
-    read = {position: columns[val.state_of(position)] for position, (_, columns) in val.positions.items()}
-    donor = donors(val, read, {x.task for x in subset.instances}, cfg.seed)     # centroids are of subset
-    if (donor < 0).all():
-        raise ValueError("no two prompts of val have one input and two outputs: there is nothing to exchange")
-    centroids = {position: means(torch.from_numpy(x).float(), subset.labels(position)["task"]).to(device)
-                 for position, x in observe(model, subset)[1].items()}              # (L + 1, tasks, C)
-    tokens, is_output, task = map(torch.from_numpy, (val.tokens, val.is_output, val.identities["task"]))
-    told = Counter()
-    parts = torch.from_numpy(np.flatnonzero(donor >= 0)).split(256)
-    for done, own in enumerate(parts):
-        progress(f"{done} of {len(parts)} parts exchanged")
-        other = torch.from_numpy(donor)[own]
-        prompt = torch.arange(tokens.shape[1]) <= torch.from_numpy(read["answer"])[own, None]
-        # each prompt twice, answered as itself and as its donor
-        texts = torch.cat([tokens[own], torch.where(prompt, tokens[own], tokens[other])]).to(device)
-        scored = torch.cat([is_output[own], is_output[other]])[:, 1:].to(device)
-        noise = F.normalize(torch.randn(len(own), cfg.n_embd, generator=generator)).repeat(2, 1).to(device)
-        own, other = own.repeat(2), other.repeat(2)
-        at = {position: torch.from_numpy(columns)[own].to(device) for position, columns in read.items()}
-        states, of_donors = model(texts[:, :-1])[1], model(tokens[other, :-1].to(device))[1]
-        for layer, (x, y) in enumerate(zip(states, of_donors)):
-            both = ({position: c[layer, task[i]] for position, c in centroids.items()} for i in (own, other))
-            for position, name, mask, new in exchanges(x, y, at, *both, noise):
-                z = torch.where(mask[..., None], new, x)
-                for block in model.blocks[layer:]:
-                    z = block(z)
-                said = (model.head(z).argmax(-1) == texts[:, 1:]) | ~scored             # (2 B, T - 1)
-                told[layer, position, name] += said.all(1).view(2, -1).sum(1).cpu().numpy()
-    progress("")
-    n = int((donor >= 0).sum())
-    rows = [{"layer": layer, "position": position, "patch": name, "donor": theirs / n, "right": right / n,
-             "neither": (n - right - theirs) / n, "n": n}
-            for (layer, position, name), (right, theirs) in ((key, x.tolist()) for key, x in told.items())]
-    write_rows(Path(run) / "patch.jsonl", rows)
+    data = read_data(run)
+    model = load_model(run, data).cpu()
+    val = data.splits["val"]
+    task = val.identities["task"]
+    word = numbered(val.identities["input"])
+
+    # the columns of both positions, and the tokens that follow them
+    at = {name: val.positions[name][1][val.state_of(name)] for name in ("instruction", "answer")}
+    asked, answers = (val.tokens[range(len(task)), columns + 1] for columns in at.values())
+
+    # pairs of a prompt and its donor
+    key = numbered([*map(str, zip(word, *at.values()))])
+    luck = torch.rand(len(key), generator=make_generator("donors"))
+    own = np.lexsort((luck, key))                               # key by key, at random within each
+    donor = np.roll(own, 1)
+    fits = (key[own] == key[donor]) & (answers[own] != answers[donor])
+    own, donor = own[fits], donor[fits]
+    n = range(len(own))
+    if not n:
+        raise ValueError("no two prompts have one input and two answers: there is nothing to exchange")
+    inputs = contingency(task, asked)[task[donor]] > 0          # (n, tokens): those of the donor's task
+    at = {name: torch.from_numpy(columns[own]) for name, columns in at.items()}
+    size = len(data.tasks), word.max() + 1
+
+    # at each layer, make every exchange and run the rest of the network
+    rows = []
+    for layer, states in enumerate(model(torch.from_numpy(val.tokens[:, :-1]))[1]):
+        x = states[own]
+        centroids = {}
+        for name, columns in at.items():
+            cells = means(x[n, columns], task[own] * size[1] + word[own], math.prod(size))
+            centroids[name] = cells.unflatten(0, size)[task[[own, donor]]]
+        for (position, name), (here, new) in exchanges(x, states[donor], centroids, at).items():
+            z = new.where(here, x)
+            for block in model.blocks[layer:]:
+                z = block(z)
+            logits = model.head(z)
+            answer = logits[n, at["answer"]].argmax(1).numpy()
+            p = logits[n, at["instruction"]].softmax(1).numpy()
+            rows.append({"layer": layer, "position": position, "patch": name, "n": len(n),
+                         "donor": (answer == answers[donor]).mean(),
+                         "right": (answer == answers[own]).mean(),
+                         "next": float((p[:, :inputs.shape[1]] * inputs).sum(1).mean())})
+    write_rows(f"{run}/patch.jsonl", rows)
+    if len(val.positions) > len(at):
+        print(f"Only exchanged at {' and '.join(at)}.")
     return rows
 
 
 def print_patch(rows):
-    """Print the shares of answers that become the donor's and that stay right."""
-    shares = {(row["position"], row["patch"], row["layer"]): row for row in rows}
-    layers = sorted({row["layer"] for row in rows})
-    print(f"Is the answer read from there? States of {rows[0]['n']:,} val prompts, exchanged at one layer:\n"
-          "the share of answers that become the donor's, of another task / that stay right.\n"
-          "Where `span donor` changes nothing, no state of the instruction is read any more.\n"
-          f"{'':26}layer" + "".join(f"{layer:2}         " for layer in layers))
-    for position, name in dict.fromkeys(key[:2] for key in shares):
-        cells = (shares[position, name, layer] for layer in layers)
-        print(f"{position:12}{name:16}" + "".join(f"{row['donor']:6.2f}/{row['right']:.2f}" for row in cells))
+    """Print the shares of answers that become the donor's and that stay right, and the next inputs."""
+    lines = defaultdict(str)
+    for row in rows:
+        shares = "/".join(f"{100 * row[share]:3.0f}" for share in ("donor", "right", "next"))
+        lines[row["position"], row["patch"]] += f"   {shares}"
+    print(f"What is answered if states are exchanged? {rows[0]['n']:,} prompts of val, in percent:\n"
+          "answers that become the donor's / that stay right / probability at <sep> of its task's inputs,\n"
+          f"a column per layer, 0 to {rows[-1]['layer']}")
+    for (position, name), cells in lines.items():
+        print(f"{position:12}{name:14}{cells}")
 
 
 def main():
@@ -823,12 +813,10 @@ def main():
     flags.add_argument("--patch", action="store_true", help="instead, exchange states: what is answered?")
     given = flags.parse_args()
     if given.patch:
-        print_patch(patch(given.folder))
-        return
+        return print_patch(patch(given.folder))
     rows = probe(given.folder, given.view)
-    for view in dict.fromkeys(given.view):
+    for view in given.view:
         print_report(given.folder, [row for row in rows if row["view"] == view])
-    print(f"\n{len(rows):,} rows in {given.folder}/probe.jsonl")
 
 
 if __name__ == "__main__":

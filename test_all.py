@@ -510,7 +510,7 @@ def test_all_probes_and_controls_take_facts(tmp_path):
     assert {*lines(run / "metrics.jsonl")[0]} >= {"acc_subset", "acc_pairs", "acc_val", "acc_ood"}
     rows = probe.probe(run, ["raw", "centred"])
     assert {row["position"] for row in rows} == {"instruction", "answer", "surface"}
-    assert {row["measure"] for row in rows} == {*probe.MEASURES, *UNCLUSTERED}
+    assert {row["measure"] for row in rows} == {*probe.MEASURES, *UNCLUSTERED} - {"rsa"}     # of one pair
     probe.print_report(run, [row for row in rows if row["view"] == "raw"])
     assert {row["patch"] for row in probe.patch(run)} >= {"donor", "shift", "centroid", "nothing"}
     assert probe.probe(shuffled)
@@ -1118,7 +1118,7 @@ def test_kmeans_on_a_batch_gives_what_each_member_gives_alone():
     for i, x in enumerate(BLOBS):
         alone = probe.kmeans(x, 6)
         for a, b in zip(together, alone):
-            assert np.allclose(a[i, 0], b, rtol=1e-4)
+            assert torch.equal(a[i, 0], b)
 
 
 @pytest.mark.parametrize("scale, origin", [
@@ -1148,15 +1148,14 @@ def clusters_and_neighbours(x):
 
 def test_kmeans_and_knn_in_small_pieces_give_the_same(monkeypatch):
     whole = clusters_and_neighbours(BLOBS)
-    monkeypatch.setattr(probe, "AT_ONCE", {"cpu": 500})     # some ten points at a time
+    monkeypatch.setattr(probe, "AT_ONCE", 500)              # some ten points at a time
     pieces = clusters_and_neighbours(BLOBS)
     assert all(map(torch.allclose, whole, pieces))
 
 
 @cuda
-def test_cuda_finds_the_clusters_and_neighbours_that_cpu_finds(monkeypatch):
+def test_cuda_finds_the_clusters_and_neighbours_that_cpu_finds():
     x = torch.from_numpy(9 * BLOBS).round()                 # so that all distances are exact
-    monkeypatch.setitem(probe.AT_ONCE, "cuda", 500)
     there = clusters_and_neighbours(x.cuda())
     here = clusters_and_neighbours(x)
     for a, b in zip(there, here):
@@ -1218,9 +1217,9 @@ def test_knn_refuses_what_has_no_answer(k, point):
 
 
 @given(st.lists(st.integers(0, 3), min_size=1))
-def test_vote_is_the_majority_and_of_a_tie_the_nearest(labels):
-    majority = max(labels, key=labels.count)                # the first of several
-    assert probe.vote(np.array(labels)) == majority
+def test_a_majority_is_the_most_frequent_label_and_of_several_the_lowest(labels):
+    most = max(sorted(labels), key=labels.count)            # the first of several
+    assert probe.majority(np.array(labels)) == most
 
 
 # ---------------------------------------------------------------- the probe: scores
@@ -1331,7 +1330,7 @@ def test_measures_take_batches_of_any_whole_numbers(measure):
 
 
 @every_measure
-@pytest.mark.parametrize("clusters", [[0], [0, 0.5], ["a", "b"]], ids=str)
+@pytest.mark.parametrize("clusters", [[0, 1, 1], [0, 0.5], ["a", "b"]], ids=str)
 def test_measures_refuse_labels_that_are_no_whole_number_for_each_point(measure, clusters):
     with pytest.raises(ValueError):
         measure([0, 1], clusters)
@@ -1364,19 +1363,12 @@ def test_centred_states_cluster_by_task_where_the_input_hid_it():
     assert f1[0] < 0.4 and f1[1] == 1
 
 
-def test_standardised_coordinates_weigh_the_same():
-    x = BLOBS[None] * np.arange(8) + 7                      # the first does not vary at all
-    x = probe.VIEWS["standardised"](torch.from_numpy(x), None)
-    assert np.allclose(x.mean(2), 0, atol=1e-4)
-    assert np.allclose(x.std(2, correction=0), np.arange(8) > 0, atol=1e-4)
-
-
 @pytest.mark.parametrize("texts", [
     ["abab", "bba", "c"],
     ["the cat", "Cat the cat?", "a dog"]])
 def test_surface_counts_tokens_and_pairs_of_tokens(texts):
     counts = probe.surface({"val": texts[:2], "ood": texts[2:]})
-    x = torch.cat([*counts.values()], 2)[0, 0]
+    x = torch.cat([*counts.values()])
     token = r"\w+|\?" if " " in texts[0] else "."
     bags = []
     for text in texts:
@@ -1384,7 +1376,7 @@ def test_surface_counts_tokens_and_pairs_of_tokens(texts):
         bags.append(Counter([*tokens, *zip(tokens, tokens[1:])]))
     for i, j in np.ndindex(3, 3):
         product = sum(m * bags[j][gram] for gram, m in bags[i].items())
-        assert x[i] @ x[j] == product                       # in whatever order the columns are
+        assert x[i] @ x[j] == product + 1                   # a column of ones, the others in any order
 
 
 def test_shuffled_tasks_are_random_and_still_obey_their_maps():
@@ -1438,13 +1430,20 @@ def test_a_null_deals_labels_to_whole_units_within_groups_and_every_deal_occurs(
     assert min(deals.values()) > 20                         # of 600 / 12
 
 
-def test_beside_a_score_stand_the_mean_and_the_ends_of_its_draws():
-    draws = np.random.default_rng(0).normal(size=20)
-    assert probe.beside(np.exp, draws[0], null=draws) == {
-        "value": np.exp(draws[0]),
-        "null_mean": pytest.approx(np.mean(np.exp(draws))),
-        "null_95": np.exp(max(draws)),
-        "null_5": np.exp(min(draws))}
+@pytest.mark.parametrize("measure, extreme", [
+    ("f1", max),
+    ("nc1", min)])
+def test_beside_a_score_stand_the_mean_and_the_extreme_of_its_draws(measure, extreme):
+    draws = np.random.default_rng(0).normal(size=(20, 2, 3))
+    draws[:, 1, 2] = math.nan
+    rows = probe.make_rows([0, 7], "task", measure, np.exp, draws[0], null=draws)
+    assert [(row["step"], row["layer"]) for row in rows] == [*itertools.product((0, 7), range(3))]
+    for s, layer in np.ndindex(2, 3):
+        row, some = rows[3 * s + layer], np.exp(draws[:, s, layer])
+        expected = some[0], np.mean(some), extreme(some)
+        if math.isnan(some[0]):
+            expected = None, None, None
+        assert (row["value"], row["null_mean"], row["null_95"]) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("clumps, nulls", [
@@ -1481,18 +1480,12 @@ def test_merge_ratio_equals_a_loop_over_pairs_of_regexes_with_one_input():
 def test_labels_may_be_text_or_numbers_and_all_but_one_are_optional():
     numbers = {"task": TASK, "distribution": REGEX, "output": INPUT}
     text = {name: np.char.mod("%02d", of) for name, of in numbers.items()}
-    states, known = (
-        torch.from_numpy(around(REGEX, 0.5, seed))[None, None]
-        for seed in (0, 1))
-    rows, same = (
-        probe.score_states(states, labels, [7], known=(known, labels))
-        for labels in (numbers, text))
+    states = around(REGEX, 0.5)[None, None]
+    rows, same = (probe.score_states(states, labels, [7]) for labels in (numbers, text))
     assert rows == same
     fewer = probe.score_states(states, {"task": TASK}, [7])
     assert {row["measure"] for row in fewer} == {*probe.MEASURES, "nc1"}
     for row in fewer:
-        assert {**row, "regrouped_mean": None} == row
-        del row["regrouped_mean"], row["regrouped_95"]
         assert any(row.items() <= fuller.items() for fuller in rows)
 
 
@@ -1518,23 +1511,26 @@ def last_rows(rows, **where):
 @pytest.mark.parametrize("split", ["val", "ood"])
 @pytest.mark.parametrize("position", ["instruction", "answer"])
 def test_scores_of_neighbours_equal_a_literal_loop(run, raw_rows, position, split, layer):
-    known, theirs = last_states(run, f"subset/{position}")
-    states, own = last_states(run, f"{split}/{position}")
+    known, _ = last_states(run, f"subset/{position}")
+    states, _ = last_states(run, f"{split}/{position}")
+    labels = probe.read_labels(run)
+    own, theirs = labels[f"{split}/{position}"], labels[f"subset/{position}"]
     scores = {}
     for i, point in enumerate(states[layer]):
         squared = ((known[layer] - point) ** 2).sum(1)
         order = squared.argsort(kind="stable")
-        alike = theirs["task"][order] == own["task"][i]
         foreign = theirs["distribution"][order] != own["distribution"][i]
-        scores.setdefault("knn_share", []).append(alike[:10].mean())
-        scores.setdefault("knn_share_other", []).append(alike[foreign][:10].mean())
         for identity in {"task", "output"} & {*own}:
-            votes = [*theirs[identity][order[:10]]]
-            majority = max(votes, key=votes.count)          # of a tie the first
-            right = majority == own[identity][i]
-            scores.setdefault(f"knn_{identity}", []).append(right)
-    for name, some in scores.items():
-        about = dict(position=position, split=split, layer=layer, measure=name)
+            alike = theirs[identity][order] == own[identity][i]
+            votes = sorted(theirs[identity][order[:10]])
+            majority = max(votes, key=votes.count)          # of a tie the lowest
+            for measure, score in {
+                    "knn_share": alike[:10].mean(),
+                    "knn_share_other": alike[foreign][:10].mean(),
+                    f"knn_{identity}": majority == own[identity][i]}.items():
+                scores.setdefault((identity, measure), []).append(score)
+    for (identity, measure), some in scores.items():
+        about = dict(position=position, split=split, layer=layer, identity=identity, measure=measure)
         [row] = last_rows(raw_rows, **about)
         assert row["value"] == pytest.approx(np.mean(some))
 
@@ -1563,37 +1559,19 @@ def test_rsa_of_a_run_equals_loops_over_pairs_of_states_and_tasks(run, raw_rows)
         assert row["value"] == pytest.approx(r, abs=1e-4)
 
 
-@pytest.mark.parametrize("values, both", [
-    ([1, 1, 3, 9, 10], (2, 4)),
-    ([9, 1, 3, 1, 10], (8, 8)),
-    ([3, 4, 5, 6, 6], (0, 4)),
-    ([10, 3, 3, 8, 10], (0, 0)),
-    ([9, 9, 9, 9, 2], None),
-    ([0, 0, 0, 0, 0], None)])
-def test_what_emerges_stays_beyond_its_null_and_then_comes_near_its_end(values, both):
-    assert probe.emergence([0, 1, 2, 4, 8], values, [2] * 5) == both
-
-
-@pytest.mark.parametrize("columns, encoding, marks", [
-    (30, "utf-8", "·░▒▓█"),
-    (80, "ascii", ".-+*#")])
-def test_the_heat_table_shows_the_scores_in_any_terminal(
-        run, raw_rows, columns, encoding, marks, monkeypatch):
-    out = io.TextIOWrapper(io.BytesIO(), encoding, errors="replace")
-    monkeypatch.setenv("COLUMNS", str(columns))
-    monkeypatch.setattr(sys, "stdout", out)
+def test_the_heat_table_shows_the_scores_and_since_when_they_are_beyond_their_null(run, raw_rows, capsys):
     probe.print_report(run, raw_rows)
-    out.seek(0)
-    heat = out.read().split("at `instruction`\n")[1].splitlines()
-    about = dict(position="instruction", identity="task", measure="f1", split="val")
-    for layer, text in zip((2, 1, 0), heat):
-        shown = ""
+    said = capsys.readouterr().out
+    for position, layer in itertools.product(("instruction", "answer"), range(3)):
+        about = dict(position=position, layer=layer, identity="task", measure="f1", split="val")
+        shown, since = "", None
         for row in raw_rows:
-            if row["layer"] == layer and about.items() <= row.items():
+            if about.items() <= row.items():
                 beyond = row["value"] > row["regrouped_95"]
-                shown += 2 * marks[1 + int(4 * min(0.99, row["value"])) if beyond else 0]
-        assert text.startswith(f"layer {layer:2} ") and len(text) <= columns
-        assert text.endswith(shown if columns >= 80 else shown[-2:])
+                since = (row["step"] if since is None else since) if beyond else None
+                shown += 2 * "·░▒▓█"[1 + int(4 * min(0.99, row["value"])) if beyond else 0]
+        since = "" if since is None else since
+        assert f"\n{position:12}layer {layer:2}  {shown}  {since}\n" in said
 
 
 def test_the_report_marks_exactly_the_scores_within_their_own_null(run, raw_rows, capsys):
@@ -1606,9 +1584,9 @@ def test_the_report_marks_exactly_the_scores_within_their_own_null(run, raw_rows
             continue
         text, score = "-", row["value"]
         if score is not None:
-            null = row["null_95"] if row["regrouped_95"] is None else row["regrouped_95"]
+            null = row.get("regrouped_95", row.get("null_95"))
             less = row["measure"] in ("nc1", "merge_ratio")
-            beyond = score < null if less else score > null
+            beyond = null is not None and (score < null if less else score > null)
             text = f"{'' if beyond else '·'}{score:.2f}"
         key = row["position"], row["identity"], row["measure"]
         expected.setdefault(key, []).append(text)
@@ -1636,9 +1614,10 @@ def test_probe_rows_are_complete_and_layer_0_is_within_its_null(run):
         scores = {"task nc1", "task merge_ratio", "input rsa", "output rsa", "surface rsa"}
         if split != "subset":
             scores |= {"task knn_task", "task knn_share", "task knn_share_other"}
+            if position == "answer":
+                scores |= {"output knn_output", "output knn_share", "output knn_share_other"}
         if position == "answer":
             identities += ["input", "output"]
-            scores |= {"output knn_output"} if split != "subset" else set()
         elif view == "centred":
             assert about not in found
             continue
@@ -1722,55 +1701,69 @@ def test_patching_gives_what_another_way_of_patching_gives(skilled):
     rows = {(r["layer"], r["position"], r["patch"]): r for r in probe.patch(skilled)}
     assert list(rows.values()) == lines(skilled / "patch.jsonl")
     d, net = load_model(skilled)
-    val = d.splits["val"]
-    read = {p: columns[val.state_of(p)] for p, (_, columns) in val.positions.items()}
-    donor, x = probe.donors(val, read, set(range(4)), 0), val.instances
-    assert not set(probe.donors(val, read, {0, 1}, 0)) - {-1, *(i for i in range(len(x)) if x[i].task < 2)}
-    chosen = np.flatnonzero(donor >= 0)
-    assert len(chosen) == rows[0, "span", "donor"]["n"] > 40
-    for i in chosen:
-        a, b = x[i], x[donor[i]]
-        assert a.input == b.input and a.task != b.task and a.output != b.output
-    centroid, subset = {}, d.splits["subset"]
-    for layer, block in enumerate([None, *net.blocks][:2]):
-        for t in {i.task for i in x}:
-            some = [n for n, i in enumerate(subset.instances) if i.task == t]
-            states = net(torch.from_numpy(subset.tokens[some, :-1]))[1][layer]
-            centroid[layer, t] = states[range(len(some)), subset.positions["answer"][1][some]].mean(0)
+    val, block = d.splits["val"], net.blocks[0]
+    x, tokens = val.instances, torch.from_numpy(val.tokens[:, :-1])
+    column = {name: columns[val.state_of(name)] for name, (_, columns) in val.positions.items()}
+    first = [i.output for i in x]
+    inputs = {t: [d.vocabulary.index(word) for word in task.map] for t, task in enumerate(d.tasks)}
+    states = net(tokens)[1][1].detach()
 
-    def answers(layer, i, edit):
-        """What is said, word by word, while a hook edits the states behind a block."""
-        row, said = val.tokens[i, :read["answer"][i] + 1].tolist(), []
-        hook = net.blocks[layer - 1].register_forward_hook(lambda block, args, out: edit(out))
-        while len(said) < 2:
-            said.append(net(torch.tensor([row]))[0][0, -1].argmax().item())
-            row.append(said[-1])
+    def run_on(i, new):
+        """What is answered, and expected after <sep>, if a hook exchanges states behind the first block."""
+        hook = block.register_forward_hook(lambda block, args, out: new(out.clone()))
+        logits = net(tokens[[i]])[0][0].detach()
         hook.remove()
-        return [d.vocabulary[token] for token in said]
+        answer = d.vocabulary[logits[column["answer"][i]].argmax()]
+        return answer, logits[column["instruction"][i]].softmax(0)
 
-    def edits(name, i):
-        j, at = donor[i], read["answer"][i]
-        state = net(torch.from_numpy(val.tokens[None, j, :-1]))[1][1][0, at] if name == "donor" else (
-            centroid[1, x[j].task])
+    def pairs():
+        for i, j in itertools.permutations(range(len(x)), 2):
+            alike = x[i].input == x[j].input and all(at[i] == at[j] for at in column.values())
+            if alike and first[i] != first[j]:
+                yield i, j
 
-        def edit(out):
-            shift = name == "shift"
-            out[0, at] = out[0, at] + state - centroid[1, x[i].task] if shift else state
+    def shares(new):
+        """Of all pairs of a prompt and a donor: the shares that rows has of some of them."""
+        found = []
+        for i, j in pairs():
+            answer, p = run_on(i, lambda out: new(out, i, j))
+            found.append((answer == first[j], answer == first[i], p[inputs[x[j].task]].sum().item()))
+        return np.mean(found, 0)
+
+    def mean_state(position, task, word):
+        return torch.stack([states[i, column[position][i]] for i in range(len(x))
+                            if x[i].task == task and x[i].input == word]).mean(0)
+
+    def shifted(position):
+        def new(out, i, j):
+            words = {word for word in d.tasks[x[i].task].map if word in d.tasks[x[j].task].map}
+            shift = torch.stack([mean_state(position, x[j].task, word) - mean_state(position, x[i].task, word)
+                                 for word in words]).mean(0)
+            out[0, column[position][i]] += shift
             return out
-        return edit
+        return new
 
-    with torch.no_grad():
-        for name in "donor", "centroid", "shift":
-            said = [answers(1, i, edits(name, i)) for i in chosen]
-            for share, who in ("right", lambda i: i), ("donor", lambda i: donor[i]):
-                expected = np.mean([s == [x[who(i)].output, "<eos>"] for s, i in zip(said, chosen)])
-                assert rows[1, "answer", name][share] == pytest.approx(expected, abs=0.02), name
-        alone = [answers(1, i, lambda out: out) == [x[i].output, "<eos>"] for i in range(len(x))]
-    for layer in range(3):
-        assert rows[layer, "span", "nothing"]["right"] == pytest.approx(np.mean([alone[i] for i in chosen]))
-    assert rows[0, "span", "donor"]["donor"] == pytest.approx(np.mean([alone[donor[i]] for i in chosen]))
-    assert rows[0, "span", "donor"]["donor"] > 0.5 and rows[2, "span", "donor"]["donor"] == 0
-    assert all(r["donor"] + r["right"] + r["neither"] == pytest.approx(1) for r in rows.values())
+    def letters(out, i, j):
+        out[0, :column["instruction"][i]] = states[j, :column["instruction"][i]]
+        return out
+
+    def sep(out, i, j):
+        out[0, column["instruction"][i]] = states[j, column["instruction"][i]]
+        return out
+
+    for key, new in {
+            ("span", "nothing"): lambda out, i, j: out,
+            ("span", "letters"): letters,
+            ("instruction", "donor"): sep,
+            ("answer", "shift"): shifted("answer")}.items():
+        row = rows[1, *key]
+        found = [row["donor"], row["right"], row["next"]]
+        assert found == pytest.approx(shares(new), abs=0.12), key       # the pairs are drawn, some of them all
+    assert rows[0, "span", "instruction"]["donor"] > 0.9
+    assert rows[2, "span", "instruction"]["donor"] == 0
+    assert rows[2, "answer", "donor"]["donor"] > 0.9
+    for row in rows.values():
+        assert row["n"] > 40 and 0 <= row["donor"] + row["right"] <= 1 and 0 <= row["next"] <= 1
 
 
 # ---------------------------------------------------------------- pre-training and alignment
@@ -2066,7 +2059,7 @@ def test_plot_draws_all_of_a_run(run, tmp_path):
     here = Path(shutil.copytree(run, tmp_path / "run"))
     probe.probe(here), probe.patch(here)
     assert figures_of(here, tmp_path / "out") == {
-        "data", "training", "film_instruction", "film_answer", "events", "patch", "knn_output_answer",
+        "data", "training", "film_instruction", "film_answer", "patch", "knn_output_answer",
         *(f"{measure}_{position}" for position in ("instruction", "answer")
           for measure in {*probe.MEASURES, *UNCLUSTERED} - {"knn_output"})}
 
@@ -2221,7 +2214,7 @@ def test_one_task_with_one_regex_is_probed_without_a_fuss(tmp_path, capsys):
     rows = probe.probe(out)
     for row in rows:
         if row["identity"] in ("task", "distribution"):
-            assert row["value"] == row["null_95"] == 1 or row["value"] is row["null_95"] is None
+            assert row["value"] is None or row["value"] == row["null_95"] == 1
     probe.print_report(out, rows)
     assert re.search(r"instruction task nc1 +- +- +-\s", capsys.readouterr().out)
     with pytest.raises(ValueError, match="nothing to exchange"):
@@ -2394,13 +2387,14 @@ def test_slow_the_tasks_file_of_the_readme_is_learnt_and_probed(fork):
     texts = [" ".join(d.vocabulary[i] for i in row) for row in d.splits["train"].tokens]
     assert any("guinea pig <ans> wheek <eos>" in text for text in texts)
     rows = probe.probe(here / "runs/mine", ["raw", "centred"])
-    assert {row["measure"] for row in rows} == {*probe.MEASURES, *UNCLUSTERED}
+    assert {row["measure"] for row in rows} == {*probe.MEASURES, *UNCLUSTERED} - {"rsa"}    # of one pair
 
 
 def test_slow_a_block_that_averages_trains_and_is_probed(fork):
     here, do, (learn, score) = fork(3)
     do(*learn, *as_flags({**TINY, "steps": 4, "n_captures": 1}))
-    assert do(*score).endswith(f"{len(lines(here / 'runs/average/probe.jsonl'))} rows in runs/average/probe.jsonl\n")
+    said = do(*score)
+    assert f"{len(lines(here / 'runs/average/probe.jsonl'))} scores are in runs/average/probe.jsonl\n" in said
     check = ("import torch, model; a = model.Attention(model.ModelConfig(9, 9, n_embd=8, n_head=2)).eval();"
              "x = torch.randn(1, 5, 8); v = (x @ a.qkv.weight.T)[..., 16:];"
              "want = torch.stack([v[0, :t + 1].mean(0) for t in range(5)]);"
