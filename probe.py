@@ -625,8 +625,8 @@ def probe(folder, views=("raw",)):
                 known[view, position] = x, ids
             elif (view, position) in known:
                 scored += score_neighbours(x, ids, *known[view, position], at)
-            where = {"view": view, "position": position, "split": split}
-            rows += [{**where, **row} for row in scored]
+            rows += [{"view": view, "position": position, "split": split, **row}
+                     for row in scored]
     if not rows:
         raise ValueError(f"{folder}: labels.npz has no identity to score, or no `input` for view centred")
     try:
