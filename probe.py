@@ -1,17 +1,17 @@
-"""Look into hidden states: do they form clusters, are these the tasks, and do answers depend on them?
+"""Do hidden states form clusters? Are the clusters the tasks? Do answers depend on them?
 
-    python probe.py runs/default                      score every capture, beside chance, into probe.jsonl
-    python probe.py runs/default --view raw centred   also with each input's mean state subtracted
-    python probe.py runs/default --patch              exchange states and see what is answered
+    python probe.py runs/default                      score every capture against chance, into probe.jsonl
+    python probe.py runs/default --view raw centred   also states minus the mean state of their input
+    python probe.py runs/default --patch              exchange states (activation patching), into patch.jsonl
     python probe.py FOLDER                            any model's states, in FOLDER/states: see README.md
 
-Figures 2 and 4 of the paper, and controls. Every score stands beside its null, the same score of
-randomly dealt labels. Scores by task have a second, harder null, `regrouped`: whole regexes are dealt to
-tasks. Step 0 is the untrained network, layer 0 has not seen the instruction, and position `surface` is no
-network at all. The paper does not say which F1 it uses; ours counts pairs of points. k is the number of
-classes.
+Figures 2 and 4 of the paper, with controls. Every score has a null: the same score of randomly permuted
+labels. Scores by `task` have a harder one, `regrouped`: whole regexes are assigned to tasks at random. Step 0
+is the untrained network, layer 0 has not seen the instruction, and position `surface` is no network but
+counts of tokens and bigrams. The paper does not say which F1 it uses; ours counts pairs of points.
 
-N points, C width, K classes or clusters, S captures, L blocks; (...) a batch, most often (S, L + 1).
+N points, C width, K classes or clusters, S captures (in k-means: starts), L blocks; (...) is any batch of
+problems, usually (S, L + 1).
 """
 import math
 from collections import Counter, defaultdict
@@ -30,16 +30,17 @@ from train import (capture_path, load_model, make_generator, make_labels, pick_d
 # ---------------------------------------------------------------- k-means
 
 AT_ONCE = 2_000_000     # distances held in memory at a time
-SHORT = 10              # iterations after which only the best start goes on
-FAR = 1e18              # the coordinates of a centroid that has no points
+SHORT = 4               # iterations after which only the better half of the starts goes on
+FAR = 1e18              # stands for the coordinates of a centroid without points
 
 
 def kmeans(x, k, n_init=8, max_iter=100, seed=0):
     """Lloyd's algorithm (1982) from greedy k-means++ (Arthur & Vassilvitskii 2007).
 
-    x (..., N, C), a batch of problems -> labels (..., N), centroids (..., k, C) and inertia (...), the sum
-    of squared distances to the centroids. All n_init starts run for SHORT iterations, then the best one for
-    max_iter. With fewer distinct points than k, some clusters stay empty and their centroids are nan.
+    x (..., N, C), one or more problems -> labels (..., N), centroids (..., k, C) and inertia (...), the sum
+    of squared distances to the centroids. The n_init starts run for SHORT iterations, then the better half of
+    them, and so on; the last one runs to its end, or for max_iter. With fewer distinct points than k, some
+    clusters stay empty and their centroids are nan.
 
     Raises ValueError for k outside 1..N, n_init or max_iter below 1, and points that are not finite.
     """
@@ -48,16 +49,17 @@ def kmeans(x, k, n_init=8, max_iter=100, seed=0):
     if not 1 <= k <= N or min(n_init, max_iter) < 1:
         raise ValueError(f"k = {k} must be in 1..{N}, n_init = {n_init} and max_iter = {max_iter} "
                          "at least 1")
-    size = k, n_init, 2 + int(math.log(k))
+    size = k, n_init, 2 + int(math.log(k))              # as many candidates as scikit-learn takes
     draws = torch.rand(size, generator=make_generator(f"{seed}/kmeans")).to(x.device)
     found = []
     for points in x.reshape(-1, N, C):
         lifted = lift(normalise(points))
         starts = plus_plus(lifted, draws)
-        _, starts, costs = lloyd(lifted, starts, min(SHORT, max_iter))
-        best = starts[costs.argmin()]
-        labels = lloyd(lifted, best[None], max_iter)[0][0]
-        centroids = means(points, labels, k)                    # in float64
+        while len(starts) > 1:
+            _, starts, costs = lloyd(lifted, starts, SHORT)
+            starts = starts[costs.argsort()[:len(starts) // 2]]
+        labels = lloyd(lifted, starts, max_iter)[0][0]
+        centroids = means(points, labels, k)                    # of the points as given
         inertia = (points - centroids[labels]).square().sum()
         found.append((labels, centroids, inertia))
     labels, centroids, inertia = map(torch.stack, zip(*found))
@@ -65,10 +67,10 @@ def kmeans(x, k, n_init=8, max_iter=100, seed=0):
 
 
 def normalise(x):
-    """x (..., N, C) minus its mean, divided by its largest coordinate, in float32.
+    """x (..., N, C) minus its mean, divided by its largest absolute coordinate.
 
-    Clusters stay the same, and float32 becomes precise enough whatever the origin and the unit. Raises
-    ValueError for nan and infinity.
+    Clusters stay the same, and float32 is then precise enough for any origin and unit. Raises ValueError for
+    nan and infinity.
     """
     x = x.double()
     x = x - x.mean(-2, keepdim=True)
@@ -79,16 +81,17 @@ def normalise(x):
 
 
 def lift(x):
-    """(N, C) -> (N, C + 2), [x, 1, |x|^2], whose product with [-2 c, |c|^2, 1] is a squared distance.
+    """(N, C) -> (N, C + 2), [x, 1, |x|^2]: its product with [-2 c, |c|^2, 1] is a squared distance.
 
-    |x|^2 is made a little too small, so that rounding never puts a distance between a point and itself.
+    |x|^2 is made a little too small, so that rounding does not put a point away from itself. Points within
+    1e-3 |x| of each other thus count as one when centroids are chosen.
     """
     length = x.square().sum(1, keepdim=True)
     return torch.cat([x, torch.ones_like(length), length * (1 - 1e-6)], 1)
 
 
 def squared_distances(centroids, lifted):
-    """From centroids (S, M, C) to lifted points (N, C + 2): (S, M, N)."""
+    """From centroids (S, k, C) to lifted points (N, C + 2): (S, k, N), some a little below 0."""
     length = centroids.square().sum(2, keepdim=True)
     return torch.cat([-2 * centroids, length, torch.ones_like(length)], 2) @ lifted.T
 
@@ -96,23 +99,24 @@ def squared_distances(centroids, lifted):
 def plus_plus(lifted, draws):
     """Greedy k-means++: lifted points (N, C + 2), uniform draws in 0..1 (k, S, T) -> S starts (S, k, C).
 
-    The next centroid of a start is one of T points, drawn in proportion to their squared distance to the
-    nearest centroid so far: the one that reduces the sum of these distances most. Once they are all 0, the
-    next centroid is FAR.
+    For each next centroid, T candidates are drawn in proportion to their squared distance to the nearest
+    centroid so far, and the one that reduces the sum of these distances most is kept. Once they are all 0,
+    the remaining centroids are FAR.
     """
     N = len(lifted)
     k, S, _ = draws.shape
     centroids = lifted.new_empty(S, k, lifted.shape[1] - 2)
-    closest = torch.full((S, N), FAR, device=draws.device)      # all equal: the first is any point
+    closest = torch.full((S, N), FAR, device=draws.device)      # equal weights: the first is any point
     for j, draw in enumerate(draws):
-        up_to = closest.cumsum(1)
-        drawn = torch.searchsorted(up_to, draw * up_to[:, -1:], right=True).clamp(max=N - 1)
+        cumulative = closest.cumsum(1)
+        # inverse of the cumulative distribution; right=True skips points of weight 0
+        drawn = torch.searchsorted(cumulative, draw * cumulative[:, -1:], right=True).clamp(max=N - 1)
         candidates = lifted[drawn, :-2]                         # (S, T, C)
         distances = squared_distances(candidates, lifted).clamp(min=0)
         distances = distances.minimum(closest[:, None])         # (S, T, N)
         best = distances.sum(2).argmin(1)
         chosen = candidates[range(S), best]
-        centroids[:, j] = chosen.where(up_to[:, -1:] > 0, FAR)
+        centroids[:, j] = chosen.where(cumulative[:, -1:] > 0, FAR)
         closest = distances[range(S), best]
     return centroids
 
@@ -120,37 +124,37 @@ def plus_plus(lifted, draws):
 def lloyd(lifted, centroids, max_iter):
     """Lloyd's algorithm on lifted points (N, C + 2) from several starts at once, (S, k, C).
 
-    Returns labels (S, N), centroids (S, k, C) and the sums of squared distances (S,).
+    Returns labels (S, N), centroids (S, k, C), and the sums of squared distances before their last move (S,).
     """
     S, k, C = centroids.shape
     labels = None
     for _ in range(max_iter):
         # each point joins its nearest centroid
-        nearest = lifted.new_empty(S, len(lifted))              # squared distances to these
-        new = torch.empty_like(nearest, dtype=torch.long)       # and labels
-        sums = lifted.new_zeros(S, k, C + 2)
+        distance = lifted.new_empty(S, len(lifted))
+        joined = torch.empty_like(distance, dtype=torch.long)
+        totals = lifted.new_zeros(S, k, C + 2)
         step = max(1, AT_ONCE // (S * k))
-        for some, near, label in zip(lifted.split(step), nearest.split(step, 1), new.split(step, 1)):
+        for some, near, label in zip(lifted.split(step), distance.split(step, 1), joined.split(step, 1)):
             torch.min(squared_distances(centroids, some), 1, out=(near, label))
             for s in range(S):
-                sums[s].index_add_(0, label[s], some)           # its ones add up to the cluster sizes
+                totals[s].index_add_(0, label[s], some)         # the column of ones adds up to sizes
 
         # each centroid moves to the mean of its points
-        sizes = sums[:, :, C, None]
-        centroids = (sums[:, :, :C] / sizes).where(sizes > 0, FAR)
+        sizes = totals[:, :, C, None]                           # (S, k, 1)
+        centroids = (totals[:, :, :C] / sizes).where(sizes > 0, FAR)
         for s, j, _ in (sizes == 0).nonzero():
-            far = nearest[s].argmax()
-            if nearest[s, far] > 0:                 # an empty cluster restarts at the farthest point
+            far = distance[s].argmax()
+            if distance[s, far] > 0:                # an empty cluster restarts at the farthest point
                 centroids[s, j] = lifted[far, :C]
-                nearest[s, far] = 0
-        if labels is not None and torch.equal(new, labels):
+                distance[s, far] = 0                # and the next empty one elsewhere
+        if labels is not None and torch.equal(joined, labels):
             break
-        labels = new
-    return new, centroids, nearest.clamp(min=0).sum(1)
+        labels = joined
+    return joined, centroids, distance.clamp(min=0).sum(1)
 
 
 def means(x, classes, n=0):
-    """x (..., N, C), classes (N,) -> the mean of each class (..., n, C), nan if empty; of n or more."""
+    """x (..., N, C), classes (N,) from 0 -> the mean of each class (..., K, C), nan if empty; K >= n."""
     classes = torch.as_tensor(classes, device=x.device)
     sizes = classes.bincount(minlength=n)
     sums = x.new_zeros(*x.shape[:-2], len(sizes), x.shape[-1]).index_add_(-2, classes, x)
@@ -159,24 +163,27 @@ def means(x, classes, n=0):
 
 # ---------------------------------------------------------------- scores of a clustering
 # A measure takes classes (..., N) and clusters (..., N), whole numbers, and gives a float or array (...).
-# n_ij counts the points of class i in cluster j; a_i and b_j, its sums over j and over i, are the sizes of
-# classes and clusters; C2(x) = x (x - 1) / 2.
+# n_ij: the points of class i in cluster j; a_i: the points of class i; b_j: the points of cluster j.
+# T, A, B: the sums of f(n_ij), f(a_i), f(b_j), where f is C2(x) = x (x - 1) / 2, or x log x.
 
 
 def contingency(classes, clusters):
-    """n_ij (..., classes, clusters), as floats. Raises ValueError for labels that are not whole numbers."""
+    """n_ij as floats, (..., K, K). Raises ValueError for labels that are not whole numbers.
+
+    Numbers in 0..N are row and column numbers, others are renumbered, or the table would be huge.
+    """
     classes, clusters = np.broadcast_arrays(classes, clusters)
     *batch, N = classes.shape
     if not {classes.dtype.kind, clusters.dtype.kind} <= {*"biu"}:
         raise ValueError("classes and clusters must be whole numbers, one for each point")
     classes, clusters = (labels if 0 <= labels.min() <= labels.max() <= N else numbered(labels)
-                         for labels in (classes, clusters))             # or the table would be huge
+                         for labels in (classes, clusters))
     classes = classes.astype(int).ravel()
     clusters = clusters.astype(int).ravel()
     rows = classes.max() + 1
     columns = clusters.max() + 1
     tables = math.prod(batch)
-    row = np.arange(tables).repeat(N) * rows + classes          # all tables stand on top of one another
+    row = np.arange(tables).repeat(N) * rows + classes          # the tables stacked by rows
     n = np.bincount(row * columns + clusters, minlength=tables * rows * columns)
     return n.reshape(*batch, rows, columns).astype(float)
 
@@ -187,7 +194,7 @@ def numbered(labels):
 
 
 def sums(n, f):
-    """T, the sum of f(n_ij), A of f(a_i), B of f(b_j), and f(N): what scores of clusterings are made of."""
+    """T, A, B and f(N), which most scores of clusterings are made of."""
     return (f(n).sum((-1, -2)),
             f(n.sum(-1)).sum(-1),
             f(n.sum(-2)).sum(-1),
@@ -200,30 +207,31 @@ def pairs(x):
 
 
 def x_log_x(x):
-    """In nats; counts x of N points have the entropy log N - sum x log x / N."""
+    """x log x in nats, 0 at 0. Counts x that add up to N have entropy log N - sum x log x / N."""
     return x * np.log(np.maximum(x, 1))
 
 
 def ratio(x, y):
-    """x / y, and 1 where y is 0: where there is nothing to tell apart, nothing is told apart wrongly."""
+    """x / y, but 1 where y is 0: both partitions are trivial, and the same."""
     return np.where(y > 1e-6, x / np.maximum(y, 1e-6), 1.0)[()]
 
 
 def f1(classes, clusters):
     """Pairwise F1: how well "in one cluster" predicts "of one class", over all pairs of points; 0 to 1.
 
-    With f = C2, the precision is T / B, the recall T / A, and F1 = 2 T / (A + B); 1 if there are no pairs in
-    either. Chance: 1 / K for even clusters, 2 / (K + 1) for a single one. (Manning, Raghavan & Schuetze
+    With f = C2, precision is T / B, recall T / A, and F1 = 2 T / (A + B); 1 if neither puts two points
+    together. Chance: 1 / K for even clusters, 2 / (K + 1) for a single one. (Manning, Raghavan & Schuetze
     2008, chapter 16.)
     """
-    together, a, b, _ = sums(contingency(classes, clusters), pairs)
-    return ratio(2 * together, a + b)
+    T, A, B, _ = sums(contingency(classes, clusters), pairs)
+    return ratio(2 * T, A + B)
 
 
 def class_f1(classes, clusters):
-    """The mean over classes of max_j 2 n_ij / (a_i + b_j), F1 with the cluster that suits it best; 0 to 1.
+    """Each class's best F1 over the clusters, max_j 2 n_ij / (a_i + b_j), averaged over classes; 0 to 1.
 
-    Chance: somewhat over 1 / K, as the best of many is taken. (van Rijsbergen 1979; Larsen & Aone 1999.)
+    Chance: somewhat over 1 / K, as the best of many is taken. (van Rijsbergen 1979; Larsen & Aone 1999,
+    who weight classes by size.)
     """
     n = contingency(classes, clusters)
     a = n.sum(-1, keepdims=True)
@@ -234,43 +242,43 @@ def class_f1(classes, clusters):
 def ari(classes, clusters):
     """Adjusted Rand index (Hubert & Arabie 1985): 1 for the same partition, 0 at chance, negative below it.
 
-    With f = C2, (T - E) / ((A + B) / 2 - E). E = A B / C2(N) is what T is on average over all clusterings of
-    the same sizes. 1 if both are one cluster, or single points.
+    With f = C2, (T - E) / ((A + B) / 2 - E), where E = A B / C2(N) is T on average over all partitions of
+    these sizes. 1 if both are one cluster, or single points.
     """
-    together, a, b, every = sums(contingency(classes, clusters), pairs)
-    expected = a * b / np.maximum(every, 1)
-    return ratio(together - expected, (a + b) / 2 - expected)
+    T, A, B, whole = sums(contingency(classes, clusters), pairs)
+    expected = A * B / np.maximum(whole, 1)
+    return ratio(T - expected, (A + B) / 2 - expected)
 
 
 def nmi(classes, clusters):
     """Mutual information over the mean of the two entropies; 0 to 1, 1 if both partitions are one cluster.
 
     With f = x log x, the entropies are log N - A / N and log N - B / N, and the mutual information is
-    log N + (T - A - B) / N. Chance is above 0, and higher the fewer points a cluster has. (Kvalseth 1987;
-    with this mean it is the V-measure, Rosenberg & Hirschberg 2007.)
+    log N + (T - A - B) / N. Chance is above 0, more so for small clusters. (Kvalseth 1987; with this mean it
+    is the V-measure, Rosenberg & Hirschberg 2007.)
     """
-    together, a, b, every = sums(contingency(classes, clusters), x_log_x)
-    return ratio(every + together - a - b, every - (a + b) / 2)
+    T, A, B, whole = sums(contingency(classes, clusters), x_log_x)
+    return ratio(whole + T - A - B, whole - (A + B) / 2)
 
 
 def ami(classes, clusters):
     """Adjusted mutual information: 1 for the same partition, 0 at chance, negative below it.
 
-    (T - E) / ((A + B) / 2 - E) as for ari, with f = x log x. (Vinh, Epps & Bailey 2010.)
+    As ari, (T - E) / ((A + B) / 2 - E), but with f = x log x. (Vinh, Epps & Bailey 2010.)
     """
     n = contingency(classes, clusters)
-    together, a, b, _ = sums(n, x_log_x)
+    T, A, B, _ = sums(n, x_log_x)
     expected = [expected_x_log_x(tuple(table.sum(1)), tuple(table.sum(0)))
                 for table in n.reshape(-1, *n.shape[-2:])]
-    expected = np.reshape(expected, together.shape)
-    return ratio(together - expected, (a + b) / 2 - expected)
+    expected = np.reshape(expected, T.shape)
+    return ratio(T - expected, (A + B) / 2 - expected)
 
 
-@lru_cache(maxsize=1024)                    # permuted labels ask for the same sizes again
+@lru_cache(maxsize=1024)                    # permuted labels have the same sizes
 def expected_x_log_x(a, b):
     """The sum of n_ij log n_ij, on average over all partitions into sizes a and b.
 
-    n_ij is the number of cluster j's points among those of class i: hypergeometric.
+    Each n_ij has a hypergeometric distribution.
     """
     def log_choose(n, k):                   # -inf for what is impossible, which gets probability 0
         return torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
@@ -289,7 +297,7 @@ def expected_x_log_x(a, b):
 def purity(classes, clusters):
     """The share of points that are of the most frequent class of their cluster; above 0, to 1.
 
-    Chance: over 1 / K. Blind to classes that are split: single points have purity 1. (Manning et al. 2008.)
+    Chance: over 1 / K. Splitting a class does not lower it: single points have purity 1. (Manning et al.)
     """
     n = contingency(classes, clusters)
     return n.max(-2).sum(-1) / n.sum((-1, -2))
@@ -305,14 +313,14 @@ MEASURES = {"f1": f1, "class_f1": class_f1, "ari": ari, "nmi": nmi, "ami": ami, 
 def nc1(x, classes):
     """Within-class over between-class scatter, trace(S_W S_B^+) / K: x (..., N, C), classes (N,) -> (...).
 
-    0 if each class has collapsed into one point; at chance large, and larger in more dimensions, so compare
-    only spaces of the same width. nan if all class means coincide. S_W is the mean square of a point about
-    its class, S_B of a class about their mean. (Papyan, Han & Donoho 2020.)
+    0 if each class has collapsed into one point. What chance gives depends strongly on the width, so compare
+    only spaces of one width. nan if all class means coincide. S_W is the mean square of a point about its
+    class, S_B of a class about the mean of all classes. (Papyan, Han & Donoho 2020.)
     """
     x = torch.as_tensor(x)
     classes = numbered(classes)
     m = means(x, classes)
-    m = m - m.mean(-2, keepdim=True)                            # S_B = M^T M / K, and the two K cancel
+    m = m - m.mean(-2, keepdim=True)                            # S_B = m^T m / K, and the two K cancel
     along = x @ torch.linalg.pinv(m, rtol=1e-5)                 # (..., N, K): nothing of C x C is built
     within = (along - means(along, classes)[..., classes, :]).square().sum((-1, -2)) / len(classes)
     apart = m.square().sum((-1, -2)) > 1e-12 * x.square().sum((-1, -2))
@@ -320,14 +328,15 @@ def nc1(x, classes):
 
 
 def regex_distances(x, units, inputs):
-    """Distances (S, L + 1, D) between the means of every two units with the same input.
+    """Distances (S, L + 1, D) of the D pairs of units with the same input, between their mean states.
 
-    x (S, L + 1, N, C); a unit is a regex of a task with one input; units and inputs are (N,). Also returns a
-    point of the one unit (D,) and of the other (D,).
+    x (S, L + 1, N, C). A unit is a regex of a task, with one input; units and inputs are (N,). Also returns a
+    point of either unit of each pair, (D,) and (D,).
     """
     first = np.unique(units, return_index=True)[1]              # a point of each unit
     a, b = np.triu_indices(len(first), 1)
     a, b = np.compress(inputs[first[a]] == inputs[first[b]], [a, b], 1)
+    # step by step, to save memory
     distances = [(m[:, a] - m[:, b]).norm(dim=2).cpu().numpy() for m in means(x, numbered(units))]
     return np.array(distances), first[a], first[b]
 
@@ -335,10 +344,10 @@ def regex_distances(x, units, inputs):
 def merge_ratio(distances, same):
     """Mean distance between regexes of one task over that between regexes of different tasks.
 
-    distances (..., D) between pairs of regexes, same (D,): are they of one task? 1 at chance, 0 if each
-    task's regexes have merged; nan if no task has two, no two are of different tasks, or all coincide.
+    distances (..., D) of pairs of regexes; same (D,): are both of one task? 1 at chance, 0 if each task's
+    regexes have merged; nan if no pair is of one task, or none is of two, or all coincide.
     """
-    with np.errstate(invalid="ignore"):
+    with np.errstate(all="ignore"):
         return (distances @ same / same.sum()) / (distances @ ~same / (~same).sum())
 
 
@@ -352,13 +361,13 @@ def knn(train, query, k):
     query = torch.as_tensor(query).double()
     if not (1 <= k <= len(train) and train.isfinite().all() and query.isfinite().all()):
         raise ValueError(f"k = {k} must be in 1..{len(train)}, the number of points, and the points finite")
-    origin = train.median(0).values                             # amid the points, where rounding is least
+    origin = train.median(0).values                             # distances near 0 are rounded least
     found = []
     for some in query.split(max(1, AT_ONCE // len(train))):
         distances = torch.cdist(some - origin, train - origin)
         nearest = distances.topk(k, largest=False)
-        tied = int((distances <= nearest.values[:, -1:]).sum(1).max())
-        if tied > k:                                            # topk took any of them: take them all
+        tied = (distances <= nearest.values[:, -1:]).sum(1).max()
+        if tied > k:                                            # topk took any of these: take them all
             nearest = distances.topk(tied, largest=False)
         index = nearest.indices.sort(1).values
         order = distances.gather(1, index).argsort(dim=1, stable=True)[:, :k]
@@ -366,19 +375,14 @@ def knn(train, query, k):
     return torch.cat(found)
 
 
-def majority(labels):
-    """The most frequent of labels (..., k), of several the lowest: (...)."""
-    return torch.as_tensor(labels).mode().values.numpy()
-
-
 def cosines(x, tasks):
     """x (..., N, C), tasks (N,) -> (..., K, K), the mean cosine between centred states of every two tasks."""
     m = means(F.normalize(normalise(x), dim=-1), tasks)
-    return (m @ m.mT).cpu().numpy().round(5)                    # the rest is rounding error
+    return (m @ m.mT).cpu().numpy().round(5)                    # beyond that is rounding error
 
 
 def rsa(similar, overlap):
-    """Correlation over pairs of tasks of two similarities (..., K, K) -> (...); nan if one does not vary.
+    """Correlation of similar (..., K, K) and overlap (K, K) over pairs of tasks; nan if one is constant.
 
     Representational similarity analysis (Kriegeskorte, Mur & Bandettini 2008).
     """
@@ -392,34 +396,37 @@ def rsa(similar, overlap):
 
 N_NULL = 20             # draws of every null
 NEIGHBOURS = 10         # states of subset that each state of another split is compared with
-LOWER = "nc1", "merge_ratio"    # the less, the more clustered
+LOWER = "nc1", "merge_ratio"    # lower is more clustered
 
-VIEWS = {       # what is done first to states (..., N, C), whose inputs are numbered `inputs`
+VIEWS = {       # what is done first to states x (..., N, C), given the numbers of their inputs (N,)
     "raw": lambda x, inputs: x,
-    "centred": lambda x, inputs: x.double() - means(x.double(), inputs)[..., inputs, :],
+    "centred": lambda x, inputs: x - means(x.double(), inputs)[..., inputs, :],
 }
 
 
 def deal(labels, units, groups, seed):
-    """The draws of a null: the labels of units, dealt to the units of each group at random. All are (N,)."""
+    """N_NULL relabellings of points: the units of a group swap their labels at random.
+
+    labels, units and groups are (N,), as is each relabelling. All points of a unit have one label.
+    """
     _, first, unit = np.unique(units, return_index=True, return_inverse=True)
     labels = labels[first]
     group = groups[first]
     draws = []
     for i in range(N_NULL):
-        luck = torch.rand(len(first), generator=make_generator(f"{seed}/null/{i}"))
+        keys = torch.rand(len(first), generator=make_generator(f"{seed}/null/{i}"))
         dealt = labels.copy()
-        # both orders go group by group, the second at random within each
-        dealt[np.argsort(group, kind="stable")] = labels[np.lexsort((luck, group))]
+        # a group's i-th unit gets the label of its i-th unit in a shuffled order
+        dealt[np.argsort(group, kind="stable")] = labels[np.lexsort((keys, group))]
         draws.append(dealt[unit])
     return draws
 
 
 def make_rows(steps, identity, measure, score, labels, **nulls):
-    """A row per step and layer: score(labels) (S, L + 1), and the mean and the extreme of each null's draws.
+    """Rows of score(labels) (S, L + 1), one per step and layer, beside what the nulls' labels score.
 
-    By chance a score passes the most extreme of 20 draws, `null_95`, once in 21 times. Undefined numbers are
-    None.
+    A null, name -> draws of labels, adds NAME_mean and NAME_95: of 20 draws the most extreme, which a score
+    passes by chance once in 21 times. Undefined numbers are None.
     """
     columns = {"value": score(labels)}
     rows = []
@@ -433,7 +440,7 @@ def make_rows(steps, identity, measure, score, labels, **nulls):
                      "layer": layer,
                      "identity": identity,
                      "measure": measure,
-                     **{name: None if math.isnan(x) else x for name, x in numbers.items()}})
+                     **{name: x if math.isfinite(x) else None for name, x in numbers.items()}})
     return rows
 
 
@@ -441,12 +448,12 @@ def score_states(states, labels, steps, seed=0, overlaps={}):
     """Score states (S, L + 1, N, C) by every identity of labels, name -> (N,) of any type; returns rows.
 
     A row has step, layer, identity, measure, value and its nulls: null_mean and null_95 of permuted labels;
-    for the identity `task`, if there are labels `distribution`, regrouped_mean and regrouped_95 of whole
-    regexes dealt to the tasks. If there are labels `input`, both deal within each input. k-means is fitted
-    to these very states: the question is whether they cluster, not whether clusters of other states are
-    found again.
+    for the identity `task`, if there are labels `distribution`, regrouped_mean and regrouped_95 of regexes
+    assigned to tasks at random. If there are labels `input`, labels are permuted within each input, since a
+    task fixes its inputs; and regexes both within each input and whole, since states that know only the
+    regex, or only the input, are not to pass. k-means is fitted to the states that are scored.
 
-    overlaps: name -> (K, K), how much every two tasks have in common, for `rsa`; its null permutes tasks.
+    overlaps: name -> (K, K), how similar tasks are otherwise, for `rsa`, whose null permutes the tasks.
     """
     x = normalise(torch.as_tensor(states))
     N = x.shape[2]
@@ -463,20 +470,21 @@ def score_states(states, labels, steps, seed=0, overlaps={}):
         nulls = {"null": deal(classes, np.arange(N), within, seed)}
         if identity == "task":
             if regex is not None:
-                units = (regex * N + task) * N + inputs
-                nulls["regrouped"] = deal(task, units, inputs, seed)
+                units = (regex * N + task) * N + inputs         # shuffled tasks have parts of regexes
+                nulls["regrouped"] = [*deal(task, units, inputs, seed),
+                                      *deal(task, regex * N + task, 0 * inputs, seed)]
                 distances, a, b = regex_distances(x, units, inputs)
                 rows += make_rows(steps, "task", "merge_ratio",
                                   lambda c: merge_ratio(distances, c[a] == c[b]), task,
                                   regrouped=nulls["regrouped"])
             rows += make_rows(steps, "task", "nc1", lambda c: nc1(x, c), task, **nulls)
             similar = cosines(x, task)
-            order = np.unique(task)
-            orders = deal(order, order, 0 * order, seed)
+            tasks = np.unique(task)
+            permuted = deal(tasks, tasks, 0 * tasks, seed)
             for name, overlap in overlaps.items():
-                if len(overlap) == len(order) > 2:
+                if len(overlap) == len(tasks) > 2:              # two tasks are one pair: no correlation
                     rows += make_rows(steps, name, "rsa",
-                                      lambda to: rsa(similar, overlap[to][:, to]), order, null=orders)
+                                      lambda p: rsa(similar, overlap[p][:, p]), tasks, null=permuted)
         clusters = kmeans(x, classes.max() + 1, seed=seed)[0].cpu().numpy()                 # (S, L + 1, N)
         for name, measure in MEASURES.items():
             rows += make_rows(steps, identity, name,
@@ -487,9 +495,10 @@ def score_states(states, labels, steps, seed=0, overlaps={}):
 def score_neighbours(states, labels, known, known_labels, steps):
     """Score states (S, L + 1, N, C) by the labels of the nearest known ones (S, L + 1, M, C); returns rows.
 
-    Labels are whole numbers. The null deals the known ones, within each input. knn_share_other ignores
-    neighbours of a state's own regex. There are no rows if that could leave too few neighbours, or if the
-    states are of another network.
+    knn_LABEL: does the majority of the nearest have the right label (of several majorities the lowest)?
+    knn_share: what share of them has it? knn_share_other: the same, skipping states of the query's own regex.
+    Labels are whole numbers. The null permutes the known ones, within each input. No rows if too few could be
+    left, or if states have another width or number of layers.
     """
     M = known.shape[2]
     rows = []
@@ -499,8 +508,8 @@ def score_neighbours(states, labels, known, known_labels, steps):
         return rows
     near = np.array([[knn(*layer, k).cpu() for layer in zip(*some)]
                      for some in zip(known, states)])           # (S, L + 1, N, k)
-    own_regex = regex[near] == labels.get("distribution", np.full(states.shape[2], -1))[:, None]
-    others_first = np.argsort(own_regex, -1, kind="stable")
+    own_regex = regex[near] == labels.get("distribution", np.full(1, -1))[:, None]
+    others_first = np.argsort(own_regex, -1, kind="stable")     # False comes first, nearest first
     others = np.take_along_axis(near, others_first, -1)[..., :NEIGHBOURS]
     near = near[..., :NEIGHBOURS]
     for identity in ("task", "output"):
@@ -508,7 +517,8 @@ def score_neighbours(states, labels, known, known_labels, steps):
             own = labels[identity]
             theirs = known_labels[identity]
             null = deal(theirs, np.arange(M), known_labels.get("input", 0 * theirs), 0)
-            scores = {f"knn_{identity}": lambda c: (majority(c[near]) == own).mean(-1),
+            scores = {f"knn_{identity}":
+                      lambda c: (torch.as_tensor(c[near]).mode().values.numpy() == own).mean(-1),
                       "knn_share": lambda c: (c[near] == own[:, None]).mean((-1, -2)),
                       "knn_share_other": lambda c: (c[others] == own[:, None]).mean((-1, -2))}
             for name, score in scores.items():
@@ -517,7 +527,7 @@ def score_neighbours(states, labels, known, known_labels, steps):
 
 
 def find_overlaps(labels, counts, split):
-    """name -> (K, K): how many inputs and outputs every two tasks of a split share, how alike their letters.
+    """name -> (K, K): how many inputs, and outputs, two tasks of a split share, how alike their texts are.
 
     labels and counts are those of read_labels and surface.
     """
@@ -535,7 +545,7 @@ def find_overlaps(labels, counts, split):
 
 
 def surface(texts):
-    """No network at all: name -> texts (N,) becomes name -> counts of tokens and bigrams (N, F)."""
+    """No network at all: name -> texts (N,) becomes name -> counts of tokens and bigrams (N, grams)."""
     if not texts:
         return {}
     everything = [text for some in texts.values() for text in some]
@@ -544,7 +554,8 @@ def surface(texts):
     cut_into = "words" if " " in "".join(everything) else "characters"
     for i, text in enumerate(everything):
         tokens = cut(text, cut_into)
-        some = ["", *tokens, *map(" ".join, zip(tokens, tokens[1:]))]       # "": no text has a row, too
+        # "" is in every text, so that an empty one has a row, too
+        some = ["", *tokens, *map(" ".join, zip(tokens, tokens[1:]))]
         rows += [i] * len(some)
         grams += some
     counts = torch.from_numpy(contingency(rows, numbered(grams))).split([*map(len, texts.values())])
@@ -557,14 +568,17 @@ def kept_steps(folder):
 
 
 def read_labels(folder):
-    """"split/position" -> identity -> (N,), from labels.npz; for a run, made anew: identities may be new.
+    """Labels (N,) by "split/position" and identity, from labels.npz.
 
-    Labels are numbered, except `text`. The first position of a split that has it is also its `surface`.
-    Raises ValueError if there are no labels, or not as many of every identity.
+    Those of a run are computed anew, so that identities added since are there. Labels are numbered, except
+    `text`. The first position of a split with `text` is also its `surface`, a reserved name. Raises
+    ValueError if there are no labels, or not as many of every identity.
     """
     path = f"{folder}/states/labels.npz"
-    is_run = Path(folder, "config.json").exists()
-    arrays = make_labels(read_data(folder)) if is_run else read_arrays(path)
+    if Path(folder, "config.json").exists():
+        arrays = make_labels(read_data(folder))
+    else:
+        arrays = read_arrays(path)
     labels = {}
     numbers = {}
     for name, of in arrays.items():
@@ -576,16 +590,16 @@ def read_labels(folder):
                              "each state, as many as other identities there")
         if identity == "text":
             labels.setdefault(f"{where.split('/')[0]}/surface", ids)
-        else:                               # the same number wherever a label occurs
+        else:                               # one numbering for all, so that splits can be compared
             ids[identity] = np.array([numbers.setdefault(label, len(numbers))
                                       for label in ids[identity]])
     return labels
 
 
 def read_states(folder, steps, name, n):
-    """The states (S, L + 1, n, C) called name, as split/position. Raises ValueError if they do not fit."""
-    with reading(f"{folder}/states", f"every capture must have {name}, finite numbers, layers x {n} labelled "
-                 "states x width, the same at every step"):
+    """The states (S, L + 1, n, C) stored as `name`, say val/answer. Raises ValueError if they do not fit."""
+    with reading(f"{folder}/states", f"every capture must have {name}, finite numbers, layers x {n} (as many "
+                 "as labels) x width, the same at every step"):
         x = np.stack([read_arrays(capture_path(folder, step))[name] for step in steps])
         S, L, N, C = x.shape
         if N != n or not np.isfinite(x).all():
@@ -596,10 +610,10 @@ def read_states(folder, steps, name, n):
 def probe(folder, views=("raw",)):
     """Score every capture of a run, or of any folder of states, at every layer, position and split.
 
-    Returns rows, as score_states does, with view, position and split, and writes them to probe.jsonl if it
-    can. Position `surface` is no network: counts of the tokens and bigrams in labels `text`, at step 0. View
-    `centred` is only for states with labels `input`. Neighbours are looked for in split `subset`. Raises
-    ValueError if nothing was captured, and for a folder that is damaged.
+    Returns rows, as score_states does, with view, position and split, and writes them to probe.jsonl if
+    possible. Position `surface` is no network: counts of the tokens and bigrams in labels `text`, at step 0.
+    View `centred` needs labels `input`. Neighbours are those in split `subset`. Raises ValueError if there is
+    nothing to score in some view, and for a folder that is damaged.
     """
     steps = kept_steps(folder)
     labels = read_labels(folder)
@@ -616,8 +630,8 @@ def probe(folder, views=("raw",)):
             n = len(ids[min(ids)])
             at = [0] if name in counts else steps
             x = counts[name][None, None] if name in counts else read_states(folder, steps, name, n)
-            distinct = len(x[-1, -1].unique(dim=0))
-            print(f"{view} {name}: {n} states, {distinct} of them distinct in the last layer", flush=True)
+            print(f"{view} {name}: {n} states, {len(x[-1, -1].unique(dim=0))} of them distinct in the end",
+                  flush=True)
             x = VIEWS[view](x.to(pick_device()), ids.get("input"))
             overlaps = find_overlaps(labels, counts, split)
             scored = score_states(x, ids, at, overlaps=overlaps)
@@ -627,7 +641,7 @@ def probe(folder, views=("raw",)):
                 scored += score_neighbours(x, ids, *known[view, position], at)
             rows += [{"view": view, "position": position, "split": split, **row}
                      for row in scored]
-    if not rows:
+    if {row["view"] for row in rows} != {*views}:
         raise ValueError(f"{folder}: labels.npz has no identity to score, or no `input` for view centred")
     try:
         write_rows(f"{folder}/probe.jsonl", rows)
@@ -639,11 +653,11 @@ def probe(folder, views=("raw",)):
 
 # ---------------------------------------------------------------- the report
 
-SHADES = "·░▒▓█"        # the first is for what is within its null
+SHADES = "·░▒▓█"        # the first is for what is not beyond its null
 
 
 def is_beyond(row):
-    """Whether a score passes its null, the harder one if there are two; None if it has no null."""
+    """Does a score beat its null, the harder one if there are two? None if either is undefined."""
     null = row.get("regrouped_95", row.get("null_95"))
     if None in (null, row["value"]):
         return None
@@ -664,9 +678,9 @@ def print_report(folder, rows):
     for row in rows:
         if row["split"] != split:
             continue
-        # the table has the last step, the heat table every step of one measure
+        # the table shows the last step, the heat table one measure at every step
         name = f"{row['position']} {row['identity']} {row['measure']}"
-        if row["step"] == last or row["position"] == "surface":
+        if row["step"] == last or row["position"] == "surface":         # which has step 0 and layer 0 only
             dot = SHADES[0] * (is_beyond(row) is False)
             table[name] += ("-" if row["value"] is None else f"{dot}{row['value']:.2f}").rjust(7)
         if name == f"{row['position']} task f1" != "surface task f1":
@@ -676,44 +690,44 @@ def print_report(folder, rows):
             if not is_beyond(row):
                 since.pop(layer)
 
-    print(f"\nAt a glance: pairwise F1 of task, {split}, a column per capture, then the step since which it "
-          "is beyond its null.\n"
-          "{} within the null; beyond it {}, from 0.25 {}, 0.5 {}, 0.75 {}".format(*SHADES))
+    print(f"\nAt a glance: pairwise F1 of task on {split}, a column per capture, then the step from which on "
+          "it beats chance.\n"
+          "{} no better than chance; better: {}, from 0.25 {}, 0.5 {}, 0.75 {}".format(*SHADES))
     for layer in sorted(heat, reverse=True):
         print(f"{layer}{heat[layer]}  {since.get(layer, '')}")
     if Path(folder, "metrics.jsonl").exists():
         accuracies = [row[f"acc_{split}"] for row in read_rows(f"{folder}/metrics.jsonl")]
         print(f"{'accuracy':22}{''.join(map(shade, accuracies))}")
     layers = sorted({row["layer"] for row in rows})
-    print(f"\nScores of {split} at the last step, view {rows[0]['view']}; less is more: {', '.join(LOWER)}.\n"
-          f"{SHADES[0]} is within its own null, the most extreme of {N_NULL} draws: by chance one score in "
-          f"{N_NULL + 1} is beyond it.\n{'layer':36}{''.join(f'{layer:7}' for layer in layers)}")
+    print(f"\nScores of {split}, last step, view {rows[0]['view']}; lower is better: {', '.join(LOWER)}.\n"
+          f"{SHADES[0]} no better than the best of {N_NULL} random relabellings; by chance, one score in "
+          f"{N_NULL + 1} is better.\n{'layer':36}{''.join(f'{layer:7}' for layer in layers)}")
     for name, cells in table.items():
         print(f"{name:36}{cells}")
     found = {row[key] for row in rows for key in ("identity", "position", "split")}
     missing = {"task", "distribution", "input", "output", "surface", "subset"} - found
     if missing:
-        print(f"Left out, for want of labels: {', '.join(sorted(missing))}.")
+        print(f"Not scored, as there are no labels for it: {', '.join(sorted(missing))}.")
 
 
 # ---------------------------------------------------------------- the causal test
 
 
 def exchanges(x, y, centroids, columns):
-    """(position, patch) -> where (n, T, 1) states x of prompts (n, T, C) change, and into what (n, T, C).
+    """(position, patch) -> a mask and new states, which both broadcast to (n, T, C).
 
-    y are the donors' states; columns: position -> (n,); centroids: position -> the mean states of both tasks
-    by input (2, n, inputs, C), nan where a task lacks an input.
+    x (n, T, C) are states of n prompts, y those of their donors; columns: position -> (n,); centroids:
+    position -> (2, n, inputs, C), the mean states of the own and the donor's task by input, nan where a task
+    lacks an input.
     """
     column = torch.arange(x.shape[1])[:, None]
     sep = columns["instruction"][:, None, None]
     spans = {"nothing": column < 0,
              "letters": column < sep,
-             "instruction": column <= sep,
+             "letters, <sep>": column <= sep,
              "from <sep> on": column >= sep}
     patches = {("span", name): (here, y) for name, here in spans.items()}
-    noise = torch.randn(len(x), 1, x.shape[2], generator=make_generator("noise"))
-    noise = noise / x.shape[2] ** 0.5                           # about as long as 1
+    noise = torch.randn(len(x), 1, x.shape[2], generator=make_generator("noise")) / x.shape[2] ** 0.5
     for position, at in columns.items():
         own, other = centroids[position]
         shift = (other - own).nanmean(1, keepdim=True)          # over the inputs that both tasks have
@@ -732,15 +746,15 @@ def exchanges(x, y, centroids, columns):
 def patch(run):
     """Do answers depend on the clusters? Exchange states of val's prompts at one layer and see.
 
-    Each prompt has a donor, a prompt with the same input, of another task and with another output. The
-    state at a position becomes the donor's, the centroid of the donor's task or of its own, or a random
-    vector as long; or it is shifted by the difference of the two centroids, or randomly as far. A `span` of
-    states becomes the donor's; the whole instruction is the positive control. Centroids are means over val,
-    answers are known by their first token.
+    A prompt's donor has the same input, another answer, and <sep> and <ans> in the same columns; prompts
+    without a donor are left out. The state at a position becomes the donor's; the centroid of the donor's
+    task or of its own; a random vector of the same norm; itself plus the difference of the two centroids;
+    or itself plus a random vector of that norm. A `span` of states becomes the donor's: `letters, <sep>` is
+    the positive control. Centroids are means over these prompts. An answer is known by its first token.
 
-    Writes and returns the rows of patch.jsonl: layer, position, patch, n, the shares of n answers that
-    become the donor's and that stay right, and `next`, the probability at <sep> of the inputs of the donor's
-    task. Raises ValueError if the run has no checkpoint, or no prompt has a donor.
+    Writes and returns the rows of patch.jsonl: layer, position, patch, n, the shares of n answers that equal
+    the donor's (`donor`) and the own (`right`), and `next`, the probability at <sep> of the inputs of the
+    donor's task. Raises ValueError if the run has no checkpoint, or no prompt has a donor.
     """
     data = read_data(run)
     model = load_model(run, data).cpu()
@@ -748,21 +762,21 @@ def patch(run):
     task = val.identities["task"]
     word = numbered(val.identities["input"])
 
-    # the columns of both positions, and the tokens that follow them
+    # the columns of instruction and answer, and the tokens that follow them
     at = {name: val.positions[name][1][val.state_of(name)] for name in ("instruction", "answer")}
     asked, answers = (val.tokens[range(len(task)), columns + 1] for columns in at.values())
 
-    # pairs of a prompt and its donor
+    # sort prompts by input and columns, at random among equals: the donor is the one before
     key = numbered([*map(str, zip(word, *at.values()))])
     luck = torch.rand(len(key), generator=make_generator("donors"))
-    own = np.lexsort((luck, key))                               # key by key, at random within each
+    own = np.lexsort((luck, key))
     donor = np.roll(own, 1)
     fits = (key[own] == key[donor]) & (answers[own] != answers[donor])
     own, donor = own[fits], donor[fits]
     n = range(len(own))
     if not n:
         raise ValueError("no two prompts have one input and two answers: there is nothing to exchange")
-    inputs = contingency(task, asked)[task[donor]] > 0          # (n, tokens): those of the donor's task
+    inputs = contingency(task, numbered(asked))[task[donor]] > 0        # of the donor's task (n, inputs)
     at = {name: torch.from_numpy(columns[own]) for name, columns in at.items()}
     size = len(data.tasks), word.max() + 1
 
@@ -784,21 +798,21 @@ def patch(run):
             rows.append({"layer": layer, "position": position, "patch": name, "n": len(n),
                          "donor": (answer == answers[donor]).mean(),
                          "right": (answer == answers[own]).mean(),
-                         "next": float((p[:, :inputs.shape[1]] * inputs).sum(1).mean())})
+                         "next": float((p[:, np.unique(asked)] * inputs).sum(1).mean())})
     write_rows(f"{run}/patch.jsonl", rows)
     if len(val.positions) > len(at):
-        print(f"Only exchanged at {' and '.join(at)}.")
+        print(f"Positions exchanged: {' and '.join(at)} only.")
     return rows
 
 
 def print_patch(rows):
-    """Print the shares of answers that become the donor's and that stay right, and the next inputs."""
+    """Print, for every patch and layer, what is answered and what is expected next."""
     lines = defaultdict(str)
     for row in rows:
         shares = "/".join(f"{100 * row[share]:3.0f}" for share in ("donor", "right", "next"))
         lines[row["position"], row["patch"]] += f"   {shares}"
     print(f"What is answered if states are exchanged? {rows[0]['n']:,} prompts of val, in percent:\n"
-          "answers that become the donor's / that stay right / probability at <sep> of its task's inputs,\n"
+          "the donor's answer / the own answer / probability at <sep> of the inputs of the donor's task,\n"
           f"a column per layer, 0 to {rows[-1]['layer']}")
     for (position, name), cells in lines.items():
         print(f"{position:12}{name:14}{cells}")
@@ -808,9 +822,9 @@ def main():
     """Cluster the states of a run, or of any folder of states, and score the clusters, beside chance."""
     flags = Flags(description=main.__doc__)
     flags.add_argument("folder", help="a run folder, as train.py makes it, or any folder of states")
-    flags.add_argument("--view", nargs="+", choices=VIEWS, default=["raw"], help="how to look at states: as "
-                       "they are, less the mean of their input's, each coordinate scaled (default: raw)")
-    flags.add_argument("--patch", action="store_true", help="instead, exchange states: what is answered?")
+    flags.add_argument("--view", nargs="+", choices=VIEWS, default=["raw"], help="states as they are, or "
+                       "minus the mean state of their input (default: raw)")
+    flags.add_argument("--patch", action="store_true", help="causal test of a run, instead")
     given = flags.parse_args()
     if given.patch:
         return print_patch(patch(given.folder))

@@ -1216,12 +1216,6 @@ def test_knn_refuses_what_has_no_answer(k, point):
         probe.knn(np.zeros((3, 1)), [[point]], k)
 
 
-@given(st.lists(st.integers(0, 3), min_size=1))
-def test_a_majority_is_the_most_frequent_label_and_of_several_the_lowest(labels):
-    most = max(sorted(labels), key=labels.count)            # the first of several
-    assert probe.majority(np.array(labels)) == most
-
-
 # ---------------------------------------------------------------- the probe: scores
 
 points = st.tuples(st.integers(0, 4), st.integers(0, 4))    # class, cluster
@@ -1759,8 +1753,8 @@ def test_patching_gives_what_another_way_of_patching_gives(skilled):
         row = rows[1, *key]
         found = [row["donor"], row["right"], row["next"]]
         assert found == pytest.approx(shares(new), abs=0.12), key       # the pairs are drawn, some of them all
-    assert rows[0, "span", "instruction"]["donor"] > 0.9
-    assert rows[2, "span", "instruction"]["donor"] == 0
+    assert rows[0, "span", "letters, <sep>"]["donor"] > 0.9
+    assert rows[2, "span", "letters, <sep>"]["donor"] == 0
     assert rows[2, "answer", "donor"]["donor"] > 0.9
     for row in rows.values():
         assert row["n"] > 40 and 0 <= row["donor"] + row["right"] <= 1 and 0 <= row["next"] <= 1
@@ -2400,3 +2394,17 @@ def test_slow_a_block_that_averages_trains_and_is_probed(fork):
              "want = torch.stack([v[0, :t + 1].mean(0) for t in range(5)]);"
              "print((a(x)[0] - want @ a.out.weight.T).abs().max().item())")
     assert float(do("", "-c", check)) < 1e-5
+
+
+def test_slow_a_span_of_columns_is_a_position(fork):
+    here, do, (learn, score) = fork(4)
+    do(*learn, *as_flags({**TINY, "steps": 4, "n_captures": 1}))
+    assert "\ninstruction_mean task f1 " in do(*score)
+    assert "Positions exchanged: instruction and answer only.\n" in do(*score, "--patch")
+    check = ("import numpy as np, torch, train; d = train.read_data('runs/mean'); val = d.splits['val'];"
+             "states = torch.stack(train.load_model('runs/mean', d)(torch.from_numpy(val.tokens[:, :-1]))[1]);"
+             "rows, ends = val.positions['instruction']; spans = list(zip(rows, ends));"
+             "want = torch.stack([states[:, row, 0:end].mean(1) for row, end in spans], 1).detach().numpy();"
+             "found = np.load('runs/mean/states/000004.npz')['val/instruction_mean'];"
+             "print(np.abs(found - want).max())")
+    assert float(do("", "-c", check)) < 1e-3
