@@ -15,7 +15,7 @@ problems, usually (S, L + 1).
 """
 import math
 from collections import Counter, defaultdict
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from data import Flags, command_line, cut
@@ -69,8 +69,8 @@ def kmeans(x, k, n_init=8, max_iter=100, seed=0):
 def normalise(x):
     """x (..., N, C) minus its mean, divided by its largest absolute coordinate.
 
-    Clusters stay the same, and float32 is then precise enough for any origin and unit. Raises ValueError for
-    nan and infinity.
+    Clusters stay the same, and float32 is then precise enough for any origin and unit, but not where one
+    direction or point is 1,000 times larger than all others. Raises ValueError for nan and infinity.
     """
     x = x.double()
     x = x - x.mean(-2, keepdim=True)
@@ -106,7 +106,7 @@ def plus_plus(lifted, draws):
     N = len(lifted)
     k, S, _ = draws.shape
     centroids = lifted.new_empty(S, k, lifted.shape[1] - 2)
-    closest = torch.full((S, N), FAR, device=draws.device)      # equal weights: the first is any point
+    closest = lifted.new_full((S, N), FAR)                      # equal weights: the first is any point
     for j, draw in enumerate(draws):
         cumulative = closest.cumsum(1)
         # inverse of the cumulative distribution; right=True skips points of weight 0
@@ -133,7 +133,7 @@ def lloyd(lifted, centroids, max_iter):
         distance = lifted.new_empty(S, len(lifted))
         joined = torch.empty_like(distance, dtype=torch.long)
         totals = lifted.new_zeros(S, k, C + 2)
-        step = max(1, AT_ONCE // (S * k))
+        step = AT_ONCE // (S * k) + 1
         for some, near, label in zip(lifted.split(step), distance.split(step, 1), joined.split(step, 1)):
             torch.min(squared_distances(centroids, some), 1, out=(near, label))
             for s in range(S):
@@ -274,7 +274,7 @@ def ami(classes, clusters):
     return ratio(T - expected, (A + B) / 2 - expected)
 
 
-@lru_cache(maxsize=1024)                    # permuted labels have the same sizes
+@cache                                      # permuted labels have the same sizes
 def expected_x_log_x(a, b):
     """The sum of n_ij log n_ij, on average over all partitions into sizes a and b.
 
@@ -314,8 +314,8 @@ def nc1(x, classes):
     """Within-class over between-class scatter, trace(S_W S_B^+) / K: x (..., N, C), classes (N,) -> (...).
 
     0 if each class has collapsed into one point. What chance gives depends strongly on the width, so compare
-    only spaces of one width. nan if all class means coincide. S_W is the mean square of a point about its
-    class, S_B of a class about the mean of all classes. (Papyan, Han & Donoho 2020.)
+    only spaces of one width. nan or inf if all class means coincide. S_W is the mean square of a point about
+    its class, S_B of a class about the mean of all classes. (Papyan, Han & Donoho 2020.)
     """
     x = torch.as_tensor(x)
     classes = numbered(classes)
@@ -354,8 +354,8 @@ def merge_ratio(distances, same):
 def knn(train, query, k):
     """The k points of train (N, C) nearest to each of query (Q, C): (Q, k) indices, nearest first.
 
-    Distances are Euclidean; of equal ones the lower index comes first. Raises ValueError for k outside 1..N
-    and points that are not finite.
+    Distances are Euclidean, in float64; of those that come out equal the lower index comes first. Raises
+    ValueError for k outside 1..N and points that are not finite.
     """
     train = torch.as_tensor(train).double()
     query = torch.as_tensor(query).double()
@@ -363,7 +363,7 @@ def knn(train, query, k):
         raise ValueError(f"k = {k} must be in 1..{len(train)}, the number of points, and the points finite")
     origin = train.median(0).values                             # distances near 0 are rounded least
     found = []
-    for some in query.split(max(1, AT_ONCE // len(train))):
+    for some in query.split(AT_ONCE // len(train) + 1):
         distances = torch.cdist(some - origin, train - origin)
         nearest = distances.topk(k, largest=False)
         tied = (distances <= nearest.values[:, -1:]).sum(1).max()
@@ -451,7 +451,8 @@ def score_states(states, labels, steps, seed=0, overlaps={}):
     for the identity `task`, if there are labels `distribution`, regrouped_mean and regrouped_95 of regexes
     assigned to tasks at random. If there are labels `input`, labels are permuted within each input, since a
     task fixes its inputs; and regexes both within each input and whole, since states that know only the
-    regex, or only the input, are not to pass. k-means is fitted to the states that are scored.
+    regex, or only the input, are not to pass. (Those that know both, as two summands, do: see view centred.)
+    k-means is fitted to the states that are scored.
 
     overlaps: name -> (K, K), how similar tasks are otherwise, for `rsa`, whose null permutes the tasks.
     """
@@ -496,7 +497,8 @@ def score_neighbours(states, labels, known, known_labels, steps):
     """Score states (S, L + 1, N, C) by the labels of the nearest known ones (S, L + 1, M, C); returns rows.
 
     knn_LABEL: does the majority of the nearest have the right label (of several majorities the lowest)?
-    knn_share: what share of them has it? knn_share_other: the same, skipping states of the query's own regex.
+    knn_share: what share of them has it? knn_share_other: the same, skipping states of the query's own regex,
+    if regexes are known.
     Labels are whole numbers. The null permutes the known ones, within each input. No rows if too few could be
     left, or if states have another width or number of layers.
     """
@@ -526,21 +528,24 @@ def score_neighbours(states, labels, known, known_labels, steps):
     return rows
 
 
-def find_overlaps(labels, counts, split):
-    """name -> (K, K): how many inputs, and outputs, two tasks of a split share, how alike their texts are.
+def find_overlaps(labels, counts, name):
+    """identity -> (K, K): how many inputs, and outputs, two tasks share, how alike their texts are.
 
-    labels and counts are those of read_labels and surface.
+    labels and counts are those of read_labels and surface. A position without inputs or outputs, as
+    `instruction`, takes them from another position of its split, and so must have the same tasks.
     """
     overlaps = {}
-    for name, ids in labels.items():
-        if name.startswith(f"{split}/") and "task" in ids:
+    split = name.split("/")[0]
+    for other in sorted(labels, key=lambda other: other == name):       # its own labels come last
+        ids = labels[other]
+        if other.startswith(f"{split}/") and "task" in ids:
             tasks = numbered(ids["task"])
             for identity in ("input", "output"):
                 if identity in ids:
                     has = contingency(tasks, ids[identity]).clip(max=1)
                     overlaps[identity] = has @ has.T
-            if name in counts:
-                overlaps["surface"] = cosines(counts[name], tasks)
+            if other in counts:
+                overlaps["surface"] = cosines(counts[other], tasks)
     return overlaps
 
 
@@ -585,7 +590,7 @@ def read_labels(folder):
         where, _, identity = name.rpartition("/")
         ids = labels.setdefault(where, {})
         ids[identity] = of.astype(str)
-        if where.count("/") != 1 or of.shape != (len(ids[min(ids)]),):
+        if where.count("/") != 1 or of.shape != (ids[min(ids)].size,) or "/surface/" in name:
             raise ValueError(f"{path}: {name} must be named split/position/identity, and hold a label for "
                              "each state, as many as other identities there")
         if identity == "text":
@@ -598,11 +603,11 @@ def read_labels(folder):
 
 def read_states(folder, steps, name, n):
     """The states (S, L + 1, n, C) stored as `name`, say val/answer. Raises ValueError if they do not fit."""
-    with reading(f"{folder}/states", f"every capture must have {name}, finite numbers, layers x {n} (as many "
-                 "as labels) x width, the same at every step"):
+    with reading(f"{folder}/states", f"there must be captures, all with {name}, finite numbers, layers x {n} "
+                 "(as many as labels) x width, the same at every step"):
         x = np.stack([read_arrays(capture_path(folder, step))[name] for step in steps])
         S, L, N, C = x.shape
-        if N != n or not np.isfinite(x).all():
+        if N != n or not x.size or not np.isfinite(x).all():
             raise ValueError(x.shape)
         return torch.from_numpy(x)
 
@@ -624,16 +629,15 @@ def probe(folder, views=("raw",)):
     for name in sorted(labels, key=lambda name: not name.startswith("subset/")):
         split, position = name.split("/")
         ids = {identity: of for identity, of in labels[name].items() if identity != "text"}
-        for view in views:
+        for view in dict.fromkeys(views):
             if not ids or view == "centred" and "input" not in ids:
                 continue
             n = len(ids[min(ids)])
             at = [0] if name in counts else steps
             x = counts[name][None, None] if name in counts else read_states(folder, steps, name, n)
-            print(f"{view} {name}: {n} states, {len(x[-1, -1].unique(dim=0))} of them distinct in the end",
-                  flush=True)
+            print(f"{view} {name}: {n} states, {len(x[-1, -1].unique(dim=0))} distinct in the last layer")
             x = VIEWS[view](x.to(pick_device()), ids.get("input"))
-            overlaps = find_overlaps(labels, counts, split)
+            overlaps = find_overlaps(labels, counts, name)
             scored = score_states(x, ids, at, overlaps=overlaps)
             if split == "subset":
                 known[view, position] = x, ids
@@ -681,7 +685,7 @@ def print_report(folder, rows):
         # the table shows the last step, the heat table one measure at every step
         name = f"{row['position']} {row['identity']} {row['measure']}"
         if row["step"] == last or row["position"] == "surface":         # which has step 0 and layer 0 only
-            dot = SHADES[0] * (is_beyond(row) is False)
+            dot = SHADES[0] * (not is_beyond(row))
             table[name] += ("-" if row["value"] is None else f"{dot}{row['value']:.2f}").rjust(7)
         if name == f"{row['position']} task f1" != "surface task f1":
             layer = f"{row['position']:12}layer {row['layer']:2}  "
@@ -696,7 +700,7 @@ def print_report(folder, rows):
     for layer in sorted(heat, reverse=True):
         print(f"{layer}{heat[layer]}  {since.get(layer, '')}")
     if Path(folder, "metrics.jsonl").exists():
-        accuracies = [row[f"acc_{split}"] for row in read_rows(f"{folder}/metrics.jsonl")]
+        accuracies = [row.get(f"acc_{split}") for row in read_rows(f"{folder}/metrics.jsonl")]
         print(f"{'accuracy':22}{''.join(map(shade, accuracies))}")
     layers = sorted({row["layer"] for row in rows})
     print(f"\nScores of {split}, last step, view {rows[0]['view']}; lower is better: {', '.join(LOWER)}.\n"
@@ -800,8 +804,6 @@ def patch(run):
                          "right": (answer == answers[own]).mean(),
                          "next": float((p[:, np.unique(asked)] * inputs).sum(1).mean())})
     write_rows(f"{run}/patch.jsonl", rows)
-    if len(val.positions) > len(at):
-        print(f"Positions exchanged: {' and '.join(at)} only.")
     return rows
 
 
@@ -813,6 +815,7 @@ def print_patch(rows):
         lines[row["position"], row["patch"]] += f"   {shares}"
     print(f"What is answered if states are exchanged? {rows[0]['n']:,} prompts of val, in percent:\n"
           "the donor's answer / the own answer / probability at <sep> of the inputs of the donor's task,\n"
+          "at positions instruction and answer, no others, and over spans of tokens;\n"
           f"a column per layer, 0 to {rows[-1]['layer']}")
     for (position, name), cells in lines.items():
         print(f"{position:12}{name:14}{cells}")

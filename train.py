@@ -410,7 +410,7 @@ def write_rows(path, rows):
 
 def read_arrays(path):
     """The arrays of an .npz file by name. Raises ValueError, naming it, if it is damaged."""
-    with reading(path, "it is damaged, train the run again"):
+    with reading(path, "it is damaged or missing; train the run again, or see README on states of any model"):
         return dict(np.load(path, allow_pickle=False))
 
 
