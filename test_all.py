@@ -1672,7 +1672,10 @@ def test_the_states_of_a_run_alone_give_the_rows_of_the_run(run, raw_rows, tmp_p
     ("000000", "val/last", ZEROS - math.inf),
     ("000000", "val/last", ZEROS.astype(object)),
     ("000001", "val/last", ZEROS[..., 1:]),
+    ("000000", "val/last", ZEROS[..., :0]),
     ("labels", "val/last/task", TASK[1:]),
+    ("labels", "val/last/task", TASK[0]),
+    ("labels", "val/surface/task", TASK),
     ("labels", "val/last/task", TASK.astype(object)),
     ("labels", "task", TASK),
     ("labels", "", None)])
@@ -1686,6 +1689,21 @@ def test_a_folder_that_does_not_fit_gives_one_line_and_status_2(file, name, arra
     assert exit_status(probe, tmp_path) == 2
     assert re.fullmatch(r"error: [^\n]+\n", capsys.readouterr().err)
     assert not (tmp_path / "probe.jsonl").exists()
+
+
+def test_a_view_that_has_nothing_to_score_is_refused(tmp_path, capsys):
+    write_folder(tmp_path)
+    assert exit_status(probe, tmp_path, "--view", "raw", "centred") == 2
+    assert re.fullmatch(r"error: [^\n]+no `input` for view centred\n", capsys.readouterr().err)
+
+
+def test_tasks_are_compared_by_the_inputs_of_their_own_position():
+    labels = {f"val/{name}": {"task": TASK, "input": (TASK + step * (np.arange(240) % 3)) % 10}
+              for name, step in (("a", 1), ("b", 3))}
+    for name, ids in labels.items():
+        sets = [{*ids["input"][TASK == t]} for t in range(8)]
+        shared = [[len(one & other) for other in sets] for one in sets]
+        assert np.array_equal(probe.find_overlaps(labels, {}, name)["input"], shared)
 
 
 def test_a_folder_that_cannot_be_written_is_probed(tmp_path, monkeypatch):
