@@ -157,8 +157,8 @@ def means(x, classes, n=0):
     """x (..., N, C), classes (N,) from 0 -> the mean of each class (..., K, C), nan if empty; K >= n."""
     classes = torch.as_tensor(classes, device=x.device)
     sizes = classes.bincount(minlength=n)
-    sums = x.new_zeros(*x.shape[:-2], len(sizes), x.shape[-1]).index_add_(-2, classes, x)
-    return sums / sizes[:, None]
+    totals = x.new_zeros(*x.shape[:-2], len(sizes), x.shape[-1]).index_add_(-2, classes, x)
+    return totals / sizes[:, None]
 
 
 # ---------------------------------------------------------------- scores of a clustering
@@ -472,8 +472,9 @@ def score_states(states, labels, steps, seed=0, overlaps={}):
         if identity == "task":
             if regex is not None:
                 units = (regex * N + task) * N + inputs         # shuffled tasks have parts of regexes
-                nulls["regrouped"] = [*deal(task, units, inputs, seed),
-                                      *deal(task, regex * N + task, 0 * inputs, seed)]
+                nulls["regrouped"] = deal(task, units, inputs, seed)
+                if "input" in ids:                              # else these would be the same draws
+                    nulls["regrouped"] += deal(task, regex * N + task, 0 * inputs, seed)
                 distances, a, b = regex_distances(x, units, inputs)
                 rows += make_rows(steps, "task", "merge_ratio",
                                   lambda c: merge_ratio(distances, c[a] == c[b]), task,
@@ -535,10 +536,9 @@ def find_overlaps(labels, counts, name):
     `instruction`, takes them from another position of its split, and so must have the same tasks.
     """
     overlaps = {}
-    split = name.split("/")[0]
     for other in sorted(labels, key=lambda other: other == name):       # its own labels come last
         ids = labels[other]
-        if other.startswith(f"{split}/") and "task" in ids:
+        if other.startswith(f"{name.split('/')[0]}/") and "task" in ids:
             tasks = numbered(ids["task"])
             for identity in ("input", "output"):
                 if identity in ids:
@@ -629,15 +629,17 @@ def probe(folder, views=("raw",)):
     for name in sorted(labels, key=lambda name: not name.startswith("subset/")):
         split, position = name.split("/")
         ids = {identity: of for identity, of in labels[name].items() if identity != "text"}
+        if not ids:
+            continue
+        n = len(ids[min(ids)])
+        at = [0] if name in counts else steps
+        states = counts[name][None, None] if name in counts else read_states(folder, steps, name, n)
+        print(f"{name}: {n} states, {len(states[-1, -1].unique(dim=0))} distinct in the last layer")
+        overlaps = find_overlaps(labels, counts, name)
         for view in dict.fromkeys(views):
-            if not ids or view == "centred" and "input" not in ids:
+            if view == "centred" and "input" not in ids:
                 continue
-            n = len(ids[min(ids)])
-            at = [0] if name in counts else steps
-            x = counts[name][None, None] if name in counts else read_states(folder, steps, name, n)
-            print(f"{view} {name}: {n} states, {len(x[-1, -1].unique(dim=0))} distinct in the last layer")
-            x = VIEWS[view](x.to(pick_device()), ids.get("input"))
-            overlaps = find_overlaps(labels, counts, name)
+            x = VIEWS[view](states.to(pick_device()), ids.get("input"))
             scored = score_states(x, ids, at, overlaps=overlaps)
             if split == "subset":
                 known[view, position] = x, ids

@@ -1,6 +1,6 @@
 """Why you may believe it: every test is a claim, checked against something that does not share our code.
 
-    make test                              all of it, under two minutes on two cores
+    make test                              all of it, about five minutes on two cores
     .venv/bin/pytest -k "not slow" test_all.py
     .venv/bin/pytest -k regex test_all.py  the claims with that word in their name
 """
@@ -13,7 +13,6 @@ import itertools
 import json
 import math
 import multiprocessing
-import operator
 import os
 import random
 import re
@@ -2135,7 +2134,7 @@ BAD_TASKS = {
 PLACES = {      # what must be said of where and what is wrong
     "bad regex": "unclosed ( at position 1 of 'a(b'", "no map": "task 0: map",
     "no name": "task 0: name", "blank word": "task young: an input or output is blank", "key twice": "'cow', 'cow'",
-    "overlap": "'Name its baby[.]' have strings in common", "same words": "'a ",
+    "overlap": "(baby|offspring|little one)( and 'Name its baby[.]' have strings in common", "same words": "'a ",
     "same words, later": "b", "same input": "task young: two inputs are the same words",
     "many inputs": "161", "regex not text": "task young: every output and every regex must be text",
     "too few strings": "10 strings of at most 128 characters were asked for, 'only this' has only 1",
@@ -2228,7 +2227,8 @@ def test_one_task_with_one_regex_is_probed_without_a_fuss(tmp_path, capsys):
     rows = probe.probe(out)
     for row in rows:
         if row["identity"] in ("task", "distribution"):
-            assert row["value"] is None or row["value"] == row["null_95"] == 1
+            null = row.get("null_95")
+            assert row["value"] == null == 1 or row["value"] is null is None
     probe.print_report(out, rows)
     assert re.search(r"instruction task nc1 +- +- +-\s", capsys.readouterr().out)
     with pytest.raises(ValueError, match="nothing to exchange"):
