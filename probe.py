@@ -25,7 +25,7 @@ import torch                # after data, which sets how torch's threads wait
 import torch.nn.functional as F
 
 from train import (capture_path, load_model, make_generator, make_labels, pick_device, read_arrays,
-                   read_data, read_rows, reading, write_rows)
+                   read_data, reading, write_rows)
 
 # ---------------------------------------------------------------- k-means
 
@@ -53,12 +53,12 @@ def kmeans(x, k, n_init=8, max_iter=100, seed=0):
     draws = torch.rand(size, generator=make_generator(f"{seed}/kmeans")).to(x.device)
     found = []
     for points in x.reshape(-1, N, C):
-        lifted = lift(normalise(points))
-        starts = plus_plus(lifted, draws)
+        scaled = normalise(points)
+        starts = plus_plus(scaled, draws)
         while len(starts) > 1:
-            _, starts, costs = lloyd(lifted, starts, SHORT)
+            _, starts, costs = lloyd(scaled, starts, SHORT)
             starts = starts[costs.argsort()[:len(starts) // 2]]
-        labels = lloyd(lifted, starts, max_iter)[0][0]
+        labels = lloyd(scaled, starts, max_iter)[0][0]
         centroids = means(points, labels, k)                    # of the points as given
         inertia = (points - centroids[labels]).square().sum()
         found.append((labels, centroids, inertia))
@@ -80,39 +80,33 @@ def normalise(x):
     return (x / largest.clamp(min=1e-300)).float()
 
 
-def lift(x):
-    """(N, C) -> (N, C + 2), [x, 1, |x|^2]: its product with [-2 c, |c|^2, 1] is a squared distance.
+def squared_distances(centroids, x):
+    """From centroids (S, k, C) to points x (N, C): (S, k, N), some a little below 0.
 
     |x|^2 is made a little too small, so that rounding does not put a point away from itself. Points within
     1e-3 |x| of each other thus count as one when centroids are chosen.
     """
-    length = x.square().sum(1, keepdim=True)
-    return torch.cat([x, torch.ones_like(length), length * (1 - 1e-6)], 1)
+    lengths = centroids.square().sum(2, keepdim=True) + x.square().sum(1) * (1 - 1e-6)
+    return lengths.sub_(centroids @ x.T, alpha=2)
 
 
-def squared_distances(centroids, lifted):
-    """From centroids (S, k, C) to lifted points (N, C + 2): (S, k, N), some a little below 0."""
-    length = centroids.square().sum(2, keepdim=True)
-    return torch.cat([-2 * centroids, length, torch.ones_like(length)], 2) @ lifted.T
-
-
-def plus_plus(lifted, draws):
-    """Greedy k-means++: lifted points (N, C + 2), uniform draws in 0..1 (k, S, T) -> S starts (S, k, C).
+def plus_plus(x, draws):
+    """Greedy k-means++: points x (N, C), uniform draws in 0..1 (k, S, T) -> S starts (S, k, C).
 
     For each next centroid, T candidates are drawn in proportion to their squared distance to the nearest
     centroid so far, and the one that reduces the sum of these distances most is kept. Once they are all 0,
     the remaining centroids are FAR.
     """
-    N = len(lifted)
+    N, C = x.shape
     k, S, _ = draws.shape
-    centroids = lifted.new_empty(S, k, lifted.shape[1] - 2)
-    closest = lifted.new_full((S, N), FAR)                      # equal weights: the first is any point
+    centroids = x.new_empty(S, k, C)
+    closest = x.new_full((S, N), FAR)                           # equal weights: the first is any point
     for j, draw in enumerate(draws):
         cumulative = closest.cumsum(1)
         # inverse of the cumulative distribution; right=True skips points of weight 0
         drawn = torch.searchsorted(cumulative, draw * cumulative[:, -1:], right=True).clamp(max=N - 1)
-        candidates = lifted[drawn, :-2]                         # (S, T, C)
-        distances = squared_distances(candidates, lifted).clamp(min=0)
+        candidates = x[drawn]                                   # (S, T, C)
+        distances = squared_distances(candidates, x).clamp(min=0)
         distances = distances.minimum(closest[:, None])         # (S, T, N)
         best = distances.sum(2).argmin(1)
         chosen = candidates[range(S), best]
@@ -121,31 +115,29 @@ def plus_plus(lifted, draws):
     return centroids
 
 
-def lloyd(lifted, centroids, max_iter):
-    """Lloyd's algorithm on lifted points (N, C + 2) from several starts at once, (S, k, C).
+def lloyd(x, centroids, max_iter):
+    """Lloyd's algorithm on points x (N, C) from several starts at once, (S, k, C).
 
     Returns labels (S, N), centroids (S, k, C), and the sums of squared distances before their last move (S,).
     """
-    S, k, C = centroids.shape
+    S, k, _ = centroids.shape
     labels = None
     for _ in range(max_iter):
         # each point joins its nearest centroid
-        distance = lifted.new_empty(S, len(lifted))
+        distance = x.new_empty(S, len(x))
         joined = torch.empty_like(distance, dtype=torch.long)
-        totals = lifted.new_zeros(S, k, C + 2)
         step = AT_ONCE // (S * k) + 1
-        for some, near, label in zip(lifted.split(step), distance.split(step, 1), joined.split(step, 1)):
+        for some, near, label in zip(x.split(step), distance.split(step, 1), joined.split(step, 1)):
             torch.min(squared_distances(centroids, some), 1, out=(near, label))
-            for s in range(S):
-                totals[s].index_add_(0, label[s], some)         # the column of ones adds up to sizes
 
         # each centroid moves to the mean of its points
-        sizes = totals[:, :, C, None]                           # (S, k, 1)
-        centroids = (totals[:, :, :C] / sizes).where(sizes > 0, FAR)
-        for s, j, _ in (sizes == 0).nonzero():
+        centroids = torch.stack([means(x, label, k) for label in joined])
+        empty = centroids[:, :, 0].isnan()
+        centroids[empty] = FAR
+        for s, j in empty.nonzero():
             far = distance[s].argmax()
             if distance[s, far] > 0:                # an empty cluster restarts at the farthest point
-                centroids[s, j] = lifted[far, :C]
+                centroids[s, j] = x[far]
                 distance[s, far] = 0                # and the next empty one elsewhere
         if labels is not None and torch.equal(joined, labels):
             break
@@ -159,6 +151,36 @@ def means(x, classes, n=0):
     sizes = classes.bincount(minlength=n)
     totals = x.new_zeros(*x.shape[:-2], len(sizes), x.shape[-1]).index_add_(-2, classes, x)
     return totals / sizes[:, None]
+
+
+def silhouette(x, clusters):
+    """How well points x (N, C) fit their clusters (N,): the mean of (b - a) / max(a, b); -1 to 1.
+
+    a is a point's mean distance to the others of its cluster, b to those of the nearest other cluster; a
+    point alone in its cluster, or a single cluster, counts 0. (Rousseeuw 1987.)
+    """
+    clusters = clusters.unique(return_inverse=True)[1]
+    own = range(len(x)), clusters
+    distances = means(torch.cdist(x, x), clusters).T            # (N, k), of points to clusters
+    sizes = clusters.bincount()[clusters]
+    a = distances[own] * sizes / (sizes - 1)                    # the point itself does not count
+    distances[own] = math.inf
+    b = distances.amin(1)
+    return ((b - a) / b.maximum(a)).nan_to_num().mean().item()
+
+
+def choose_k(x):
+    """How many clusters have points x (N, C)? Of 1, 2, 3, 4, 5, 7, 9 ... N / 5 that with the best silhouette.
+
+    Of more than 2,000 points it looks at every second, or third, and so on.
+    """
+    x = x[::1 + len(x) // 2000]
+    scores = {1: 0}
+    k = 2
+    while k <= len(x) / 5:
+        scores[k] = silhouette(x, kmeans(x, k, n_init=2)[0])
+        k += 1 + k // 5
+    return max(scores, key=scores.get)
 
 
 # ---------------------------------------------------------------- scores of a clustering
@@ -176,10 +198,9 @@ def contingency(classes, clusters):
     *batch, N = classes.shape
     if not {classes.dtype.kind, clusters.dtype.kind} <= {*"biu"}:
         raise ValueError("classes and clusters must be whole numbers, one for each point")
-    classes, clusters = (labels if 0 <= labels.min() <= labels.max() <= N else numbered(labels)
-                         for labels in (classes, clusters))
-    classes = classes.astype(int).ravel()
-    clusters = clusters.astype(int).ravel()
+    classes, clusters = (
+        (labels if 0 <= labels.min() <= labels.max() <= N else numbered(labels)).astype(int).ravel()
+        for labels in (classes, clusters))
     rows = classes.max() + 1
     columns = clusters.max() + 1
     tables = math.prod(batch)
@@ -452,7 +473,8 @@ def score_states(states, labels, steps, seed=0, overlaps={}):
     assigned to tasks at random. If there are labels `input`, labels are permuted within each input, since a
     task fixes its inputs; and regexes both within each input and whole, since states that know only the
     regex, or only the input, are not to pass. (Those that know both, as two summands, do: see view centred.)
-    k-means is fitted to the states that are scored.
+    k-means is fitted to the states that are scored. At the last step, measure `best_k` of identity `any` says
+    how many clusters the data have by themselves (choose_k), unless there are labels `input`.
 
     overlaps: name -> (K, K), how similar tasks are otherwise, for `rsa`, whose null permutes the tasks.
     """
@@ -461,6 +483,8 @@ def score_states(states, labels, steps, seed=0, overlaps={}):
     rows = []
 
     ids = {identity: numbered(of) for identity, of in labels.items()}
+    if "input" not in ids:                  # where an input has been seen there are clusters of many kinds
+        rows += make_rows(steps[-1:], "any", "best_k", lambda last: np.array([[*map(choose_k, last)]]), x[-1])
     task = ids.get("task")
     regex = ids.get("distribution")
     inputs = ids.get("input", np.zeros(N, int))
@@ -607,7 +631,7 @@ def read_states(folder, steps, name, n):
                  "(as many as labels) x width, the same at every step"):
         x = np.stack([read_arrays(capture_path(folder, step))[name] for step in steps])
         S, L, N, C = x.shape
-        if N != n or not x.size or not np.isfinite(x).all():
+        if N != n:
             raise ValueError(x.shape)
         return torch.from_numpy(x)
 
@@ -649,11 +673,8 @@ def probe(folder, views=("raw",)):
                      for row in scored]
     if {row["view"] for row in rows} != {*views}:
         raise ValueError(f"{folder}: labels.npz has no identity to score, or no `input` for view centred")
-    try:
-        write_rows(f"{folder}/probe.jsonl", rows)
-        print(f"{len(rows):,} scores are in {folder}/probe.jsonl")
-    except OSError as e:
-        print(f"the scores could not be kept: {e}")
+    write_rows(f"{folder}/probe.jsonl", rows)
+    print(f"{len(rows):,} scores are in {folder}/probe.jsonl")
     return rows
 
 
@@ -663,54 +684,45 @@ SHADES = "·░▒▓█"        # the first is for what is not beyond its null
 
 
 def is_beyond(row):
-    """Does a score beat its null, the harder one if there are two? None if either is undefined."""
-    null = row.get("regrouped_95", row.get("null_95"))
+    """Does a score beat its null, the harder one if there are two? False if either is undefined."""
+    null = row.get("regrouped_95", row.get("null_95", 0))       # no null: any positive number does
     if None in (null, row["value"]):
-        return None
+        return False
     return row["value"] < null if row["measure"] in LOWER else row["value"] > null
 
 
-def print_report(folder, rows):
+def print_report(rows):
     """Print what the rows of one view say of val, or of the first split there is."""
-    def shade(value):
-        return 2 * SHADES[1 + min(3, int(4 * value)) if value else 0]
-
-    splits = [row["split"] for row in rows]
-    split = "val" if "val" in splits else splits[0]
-    last = max(row["step"] for row in rows)
+    found = {row[key] for row in rows for key in ("identity", "position", "split")}
+    split = "val" if "val" in found else rows[0]["split"]
+    steps = sorted({row["step"] for row in rows})
     heat = defaultdict(str)
-    since = {}
     table = defaultdict(str)
     for row in rows:
         if row["split"] != split:
             continue
+        beyond = is_beyond(row)
+        value = row["value"]
         # the table shows the last step, the heat table one measure at every step
         name = f"{row['position']} {row['identity']} {row['measure']}"
-        if row["step"] == last or row["position"] == "surface":         # which has step 0 and layer 0 only
-            dot = SHADES[0] * (not is_beyond(row))
-            table[name] += ("-" if row["value"] is None else f"{dot}{row['value']:.2f}").rjust(7)
+        if row["step"] == steps[-1] or row["position"] == "surface":     # which has step 0 and layer 0 only
+            dot = SHADES[0] * (not beyond)
+            table[name] += ("-" if value is None else f"{dot}{value:.2f}").rjust(7)
         if name == f"{row['position']} task f1" != "surface task f1":
             layer = f"{row['position']:12}layer {row['layer']:2}  "
-            heat[layer] += shade(is_beyond(row) and row["value"])
-            since.setdefault(layer, row["step"])
-            if not is_beyond(row):
-                since.pop(layer)
+            heat[layer] += 2 * SHADES[beyond and 1 + min(3, int(4 * value))]
 
-    print(f"\nAt a glance: pairwise F1 of task on {split}, a column per capture, then the step from which on "
-          "it beats chance.\n"
+    print(f"\nAt a glance: pairwise F1 of task on {split}, two characters per capture, at steps "
+          f"{', '.join(map(str, steps))}.\n"
           "{} no better than chance; better: {}, from 0.25 {}, 0.5 {}, 0.75 {}".format(*SHADES))
     for layer in sorted(heat, reverse=True):
-        print(f"{layer}{heat[layer]}  {since.get(layer, '')}")
-    if Path(folder, "metrics.jsonl").exists():
-        accuracies = [row.get(f"acc_{split}") for row in read_rows(f"{folder}/metrics.jsonl")]
-        print(f"{'accuracy':22}{''.join(map(shade, accuracies))}")
+        print(f"{layer}{heat[layer]}")
     layers = sorted({row["layer"] for row in rows})
     print(f"\nScores of {split}, last step, view {rows[0]['view']}; lower is better: {', '.join(LOWER)}.\n"
           f"{SHADES[0]} no better than the best of {N_NULL} random relabellings; by chance, one score in "
           f"{N_NULL + 1} is better.\n{'layer':36}{''.join(f'{layer:7}' for layer in layers)}")
     for name, cells in table.items():
         print(f"{name:36}{cells}")
-    found = {row[key] for row in rows for key in ("identity", "position", "split")}
     missing = {"task", "distribution", "input", "output", "surface", "subset"} - found
     if missing:
         print(f"Not scored, as there are no labels for it: {', '.join(sorted(missing))}.")
@@ -728,8 +740,7 @@ def exchanges(x, y, centroids, columns):
     """
     column = torch.arange(x.shape[1])[:, None]
     sep = columns["instruction"][:, None, None]
-    spans = {"nothing": column < 0,
-             "letters": column < sep,
+    spans = {"letters": column < sep,
              "letters, <sep>": column <= sep,
              "from <sep> on": column >= sep}
     patches = {("span", name): (here, y) for name, here in spans.items()}
@@ -739,7 +750,6 @@ def exchanges(x, y, centroids, columns):
         shift = (other - own).nanmean(1, keepdim=True)          # over the inputs that both tasks have
         new = {"donor": y,
                "centroid": other.nanmean(1, keepdim=True),
-               "own centroid": own.nanmean(1, keepdim=True),
                "random": noise * x.norm(dim=2, keepdim=True),
                "shift": x + shift,
                "random shift": x + noise * shift.norm(dim=2, keepdim=True)}
@@ -835,7 +845,7 @@ def main():
         return print_patch(patch(given.folder))
     rows = probe(given.folder, given.view)
     for view in given.view:
-        print_report(given.folder, [row for row in rows if row["view"] == view])
+        print_report([row for row in rows if row["view"] == view])
 
 
 if __name__ == "__main__":
