@@ -1,6 +1,8 @@
 # Everything runs from .venv, which is built from requirements.txt when it is missing.
 PYTHON ?= python3
 PY := .venv/bin/python
+# one after the other, whatever -j says: probe needs what train makes, and each uses all cores
+.NOTPARALLEL:
 
 help:            ## this list
 	@awk -F ':.*## *' '/^[a-z]+:.*##/ {printf "  make %-7s %s\n", $$1, $$2}' Makefile
@@ -27,21 +29,28 @@ apply: .venv/made   ## what clusters are good for: pre-training and alignment, t
 	$(PY) apply.py pretrain
 	$(PY) apply.py align
 
+scale: .venv/draws  ## do clusters stay tasks when there are more? 16 to 128 tasks, two seeds each
+	$(PY) examples/scale.py
+
 SEEDS := 0 1 2 3 4
 # make results RESULTS=results replaces what git keeps
 RESULTS ?= runs/results
 STUDIES := default shuffled answer same-inputs same-inputs-answer facts facts-shuffled
-# $(call study,NAME,FLAGS,PROBE'S FLAGS): five seeds, two at once; then figures and numbers in RESULTS/NAME
+# $(call study,NAME,FLAGS,PROBE'S FLAGS): five seeds, then figures and numbers in RESULTS/NAME
 define study
-	$(MAKE) --no-print-directory --jobs 2 $(SEEDS:%=runs/$(1)-%/patch.jsonl) TRAIN="$(2)" PROBE="$(3)"
-	$(PY) plot.py $(SEEDS:%=runs/$(1)-%) --out $(RESULTS)/$(1)
+	$(MAKE) --no-print-directory $(SEEDS:%=runs/$(1)-%/patch.jsonl) TRAIN="$(2)" PROBE="$(3)"
+	$(call draw,$(SEEDS:%=runs/$(1)-%),$(1))
+endef
+define draw
+	$(PY) plot.py $(1) --out $(RESULTS)/$(2)
+	$(PY) examples/table.py $(1) --out $(RESULTS)/$(2)/numbers.csv
 endef
 runs/%/patch.jsonl:
 	$(PY) train.py $(TRAIN) --seed $(lastword $(subst -, ,$*)) --out runs/$* $(if $(wildcard runs/$*/config.json),--resume)
 	$(PY) probe.py runs/$* $(PROBE)
 	$(PY) probe.py runs/$* --patch
 
-seeds: .venv/draws  ## five seeds of the default run, for means and bands, into runs/results/default
+seeds: .venv/draws  ## five seeds of the default run, for means and ranges, into runs/results/default
 	$(call study,default,,--view raw centred)
 
 results: seeds   ## five seeds of all else in results/README.md
@@ -51,23 +60,21 @@ results: seeds   ## five seeds of all else in results/README.md
 	$(call study,same-inputs-answer,--n-inputs 5 --loss-on answer)
 	$(call study,facts,--preset facts)
 	$(call study,facts-shuffled,--preset facts --shuffle-tasks)
-	for demo in pretrain align; do $(PY) apply.py $$demo --seeds $(SEEDS) || exit; \
-		$(PY) plot.py runs/$$demo --out $(RESULTS)/$$demo || exit; done
-	$(PY) plot.py $(SEEDS:%=runs/pretrain/seed%/task_id) --out $(RESULTS)/task_id
+	$(PY) apply.py pretrain --seeds $(SEEDS)
+	$(call draw,runs/pretrain,pretrain)
+	$(PY) apply.py align --seeds $(SEEDS)
+	$(call draw,runs/align,align)
+	$(call draw,$(SEEDS:%=runs/pretrain/seed%/task_id),task_id)
 
-FOUND = $(patsubst %/,%,$(dir $(wildcard runs/*/metrics.jsonl runs/*/apply.jsonl)))
-# five seeds are drawn together, by the rules above
-DRAWN = $(strip $(filter-out $(foreach study,$(STUDIES),$(SEEDS:%=runs/$(study)-%)),$(FOUND)))
-figures: .venv/draws ## draw what is in runs/, but for the five seeds (installs matplotlib)
-	$(if $(DRAWN),,@echo "nothing to draw in runs/: make train probe first")
-	for run in $(DRAWN); do $(PY) plot.py $$run || exit; done
+figures: .venv/draws ## draw everything in runs/ (installs matplotlib)
+	$(PY) plot.py
 
 test: .venv/made    ## run the tests
 	$(PY) -m pytest -q test_all.py
 
 clean:           ## remove .venv, caches and the runs made by this file
 	rm -rf .venv .pytest_cache .hypothesis __pycache__ \
-		runs/default runs/quick runs/shuffled runs/facts runs/pretrain runs/align runs/results \
+		runs/default runs/quick runs/shuffled runs/facts runs/pretrain runs/align runs/scale runs/results \
 		$(foreach study,$(STUDIES),$(SEEDS:%=runs/$(study)-%))
 
 .venv/made: requirements.txt
@@ -80,4 +87,4 @@ clean:           ## remove .venv, caches and the runs made by this file
 	touch $@
 
 .DEFAULT_GOAL := help
-.PHONY: help train probe control quick facts apply seeds results figures test clean
+.PHONY: help train probe control quick facts apply scale seeds results figures test clean

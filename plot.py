@@ -1,260 +1,359 @@
-"""Draw what the other files have measured, as PNG and SVG: the only file that needs matplotlib.
+"""Draw what the other files have measured, as PNG and GIF: the only file that needs matplotlib.
 
-    make figures                              of what `make` has left in runs/
-    python plot.py runs/default               into runs/default/figures
-    python plot.py runs/s0 runs/s1 runs/s2    runs that differ in their seeds: their mean, and how sure it is
+    python plot.py                            everything in runs/, each into its folder figures/
+    python plot.py runs/default               one run, or any folder of states that probe.py has scored
+    python plot.py runs/s0 runs/s1 runs/s2    runs that differ in their seeds: means, and their range
     python plot.py runs/pretrain              a demo of apply.py
 
-Drawn are the tasks, rows of metrics.jsonl, probe.jsonl, patch.jsonl and apply.jsonl, and for the film strip
-captures. Of several seeds, numbers.csv has each one's numbers. Colours are those of Okabe & Ito (2008), which
-the colour-blind tell apart; layers go from yellow, the embedding, to violet, the top.
+Lines are means over runs, with their range. Grey is chance: the best of 20 random relabellings. Colours are
+those of Okabe & Ito (2008), which colour-blind people can tell apart.
 """
-import csv
 import io
-import math
+import os
 import random
-import textwrap
-from itertools import chain, cycle, product
+import warnings
+from collections import defaultdict
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
-import torch
+import torch.nn.functional as F
 
+os.environ.pop("MPLBACKEND", None)          # we need none, and an unknown one would stop the import
 try:
     import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-except ImportError:                 # main says so
-    plt = None
+    from matplotlib.figure import Figure
+    from PIL import Image
+except ImportError:                         # main says so
+    matplotlib = None
 
-from apply import MEASURED
-from data import Flags, Regex, command_line, write
-from probe import LOWER, kept_steps, read_states
-from train import Config, read_config, read_data, read_rows
+from apply import select
+from data import Flags, Regex, command_line
+from probe import (LOWER, find_overlaps, means, normalise, numbered, read_labels, read_states)
+from train import read_config, read_data, read_rows
 
-STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
-         "legend.frameon": False, "svg.hashsalt": "0", "svg.fonttype": "none", "savefig.dpi": 130,
-         "figure.constrained_layout.use": True}
-MARKERS = "osD^vPX"
-LOOKS = [dict(color=color, marker=marker, ms=4) for color, marker in zip(
-    ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"), MARKERS)]
-T_95 = {5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31}        # of Student's t with n - 1 degrees; then 2.26
-TITLES = {"f1": "pairwise F1", "nc1": "nc1 (0: collapsed)", "merge_ratio": "merge_ratio (0: merged)"}
-NUMBERS = "value", "null_95", "regrouped_95"
-ABOUT = ("measure", "strategy", "n_train", "arm", "b", "position", "identity", "split", "view", "patch",
-         "layer", "step")
+STYLE = {"axes.titlesize": "medium",
+         "axes.spines.top": False,
+         "axes.spines.right": False,
+         "figure.constrained_layout.use": True,
+         "text.parse_math": False}          # a $ in a tasks file is a $
+NIGHT = {"figure.facecolor": "#0d1117",
+         "axes.facecolor": "black",
+         "axes.labelcolor": "0.9",
+         "text.color": "0.9",
+         "xtick.color": "0.9",
+         "ytick.color": "0.9"}
+COLORS = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"
+WORDS = {"f1": "pairwise F1",
+         "distribution": "regular expression",
+         "surface": "letters",
+         "step": "training step",
+         "b": "labelled instructions per unwanted task"}
+TASK_F1 = {"measure": "f1",
+           "identity": "task",
+           "position": "instruction",
+           "split": "val",
+           "view": "raw"}
 
-
-def merge(seeds: list[list[dict]]) -> list[dict]:
-    """The rows that all seeds have, in one: keys of ABOUT, and for each of NUMBERS a list, a place a seed.
-
-    A row without a measure, of metrics.jsonl or patch.jsonl, becomes one for each loss, accuracy or share.
-    """
-    merged = {}
-    for row in chain(*seeds):
-        values = {row["measure"]: row["value"]} if "measure" in row else {
-            key: row[key] for key in row if key in ("loss", "donor", "right") or key.startswith("acc_")}
-        for measure, value in values.items():
-            whole = {**row, "measure": measure, "value": value}
-            about = tuple((key, whole[key]) for key in ABOUT if key in whole)
-            merged.setdefault(about, []).append([whole.get(number) for number in NUMBERS])
-    return [{**dict(about), **dict(zip(NUMBERS, map(list, zip(*found))))}
-            for about, found in merged.items() if len(found) == len(seeds)]
+# ---------------------------------------------------------------- rows and lines
 
 
-def select(rows: list[dict], x: str, number: str = "value", **where) -> tuple[list, np.ndarray]:
-    """x (n,) and a number (seeds, n), in order of x, of the merged rows that are about this."""
-    found = {row[x]: row[number] for row in rows
-             if x in row and all(row.get(key) == value for key, value in where.items())}
-    return sorted(found), np.array([found[at] for at in sorted(found)], float).T
+def read_run(run):
+    """Every number that a run or a demo has: rows with measure, value, and what they are about."""
+    rows = []
+    for path in sorted(run.glob("*.jsonl")):
+        for row in read_rows(path):
+            if "measure" in row:
+                rows.append(row)
+            else:                           # each of its numbers is a measure
+                rows += [{**row, "measure": key, "value": value} for key, value in row.items()]
+    return rows
 
 
-def write_numbers(path: Path, rows: list[dict], seeds: list[int]):
-    """Write merged rows as a table, a column a seed; nulls are means.
-
-    All of probe's rows would fill megabytes. Kept are those that README needs: raw F1 of subset and val at
-    every step; of val and ood, at the first and the last, F1 in other views and every raw measure.
-    """
-    text, last = io.StringIO(), max(row["step"] for row in rows if "step" in row)
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow([*ABOUT, *NUMBERS[1:], *(f"seed {seed}" for seed in seeds)])
+def curve(rows, x, number="value"):
+    """The values of x in rows, ascending, and mean, lowest and highest of the numbers at each; all (n,)."""
+    found = defaultdict(list)
     for row in rows:
-        f1, raw = row["measure"] == "f1", row.get("view", "raw") == "raw"
-        if "split" not in row or f1 and raw and row["split"] != "ood" or (
-                (f1 or raw) and row["split"] != "subset" and row["step"] in (0, last)):
-            nulls = (None if None in row[null] else np.mean(row[null]) for null in NUMBERS[1:])
-            table.writerow([*map(row.get, ABOUT), *("" if x is None else f"{x:.5g}"
-                                                    for x in (*nulls, *row["value"]))])
-    write(path, text.getvalue())
+        found[row[x]].append(row.get(number))
+    at = sorted(found)
+    numbers = [np.array(found[key], float) for key in at]               # None becomes nan
+    return at, *([f(some) for some in numbers] for f in (np.mean, np.min, np.max))
 
 
-def shade(layer: int, n: int):
-    """The look of a layer, 0 to n - 1."""
-    return dict(color=plt.cm.viridis(0.95 - 0.95 * layer / max(1, n - 1)))
+def draw_lines(ax, rows, x, by, names, colors=COLORS):
+    """A line over x for each value of `by` in names, value -> label: the mean over runs, and their range."""
+    for (value, label), color in zip(names.items(), cycle(colors)):
+        some = select(rows, **{by: value})
+        if some:
+            at, mean, low, high = curve(some, x)
+            ax.plot(at, mean, color=color, label=label, marker=".")
+            ax.fill_between(at, low, high, color=color, alpha=0.2)
 
 
-def line(ax, x, values, **look):
-    """The mean of values (runs, n); about it its 95 % interval, or all runs if there are fewer than five."""
-    n, mean = len(values), values.mean(0)
-    ax.plot(x, mean, **look)
-    if n > 4:
-        half = T_95.get(n, 2.26) * values.std(0, ddof=1) / math.sqrt(n)
-        ax.fill_between(x, mean - half, mean + half, color=look["color"], alpha=0.15, lw=0)
-    elif n > 1:
-        ax.plot(x, values.T, color=look["color"], lw=0.5, alpha=0.5)
+def shade_chance(ax, rows, x):
+    """Shade what chance reaches; over steps, in the layer above the embedding where it reaches most."""
+    above = [row for row in rows if row["layer"] > 0]
+    nulls = {"regrouped_95": "regexes regrouped", "null_95": "labels permuted"}
+    for (null, label), alpha in zip(nulls.items(), (0.2, 0.4)):
+        at, _, low, high = curve(above, x, null)
+        edge, far = (low, 99) if rows[0]["measure"] in LOWER else (high, -1)
+        ax.fill_between(at, edge, far, color="0.5", alpha=alpha, zorder=0, label=f"chance: {label}")
 
 
-def curves(ax, rows: list[dict], x: str, by: str, **where):
-    """A line over x for each value of `by`, always in the same look, if any rows are about this."""
-    for value, look in zip(dict.fromkeys(row[by] for row in rows), cycle(LOOKS)):
-        at, values = select(rows, x, **{by: value}, **where)
-        if at:
-            line(ax, at, values, label=value, **look)
+def draw_panels(title, ylabel, panels, x, by, names, colors=COLORS, ylim=(-0.03, 1.03), shade=False):
+    """A figure with a panel for each of panels, title -> rows; the rest is as for draw_lines."""
+    fig = Figure(figsize=(3 + 3 * len(panels), 3.2))
+    axes = fig.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for ax, (name, rows) in zip(axes, panels.items()):
+        draw_lines(ax, rows, x, by, names, colors)
+        if shade:
+            shade_chance(ax, rows, x)
+        ax.set(title=name, xlabel=WORDS.get(x, x), ylim=ylim)
+    fig.supylabel(ylabel)
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside right center")
+    fig.suptitle(title)
+    return fig
 
 
-def over_steps(ax, last: int):
-    """Make x a log axis of steps that has room for step 0."""
-    ax.set_xscale("symlog", linthresh=1, linscale=0.3)
-    ticks = [0, *(10 ** i for i in range(6) if 2 * 10 ** i <= last), last]
-    ax.set_xticks(ticks, map(str, ticks))
-    ax.minorticks_off()
-    ax.set(xlim=(0, last), xlabel="training step")
+def name_layers(layers):
+    """layer -> label, and colours from yellow, the embedding, to violet, the top."""
+    colors = matplotlib.colormaps["viridis_r"].resampled(len(layers) + 1).colors
+    return {layer: f"layer {layer}" for layer in layers}, colors[1:]
+
+
+# ---------------------------------------------------------------- similarity of states
+
+
+def order_tasks(overlap):
+    """The K tasks in a chain: after each comes the one, of those left, that has most in common with it.
+
+    overlap (K, K): how much two tasks have in common.
+    """
+    order = [0]
+    while len(order) < len(overlap):
+        left = {*range(len(overlap))} - {*order}
+        order.append(max(left, key=lambda task: overlap[order[-1], task]))
+    return order
+
+
+def sort_states(folder, steps, name, identity):
+    """States (S, L + 1, N, C) of split/position, sorted by an identity, with similar tasks side by side."""
+    labels = read_labels(folder)
+    ids = {key: numbered(of) for key, of in labels[name].items()}
+    shared = find_overlaps(labels, {}, name)
+    if "input" in shared:
+        ids["task"] = np.argsort(order_tasks(shared["input"]))[ids["task"]]
+    order = np.lexsort([ids[key] for key in ("distribution", "task", identity) if key in ids])
+    return read_states(folder, steps, name, len(order))[:, :, order]
+
+
+def show_cosines(ax, x, title, n=480):
+    """Show the cosines between centred states x (N, C); of more than n states, the means of n x n blocks."""
+    x = F.normalize(normalise(x), dim=1)
+    n = min(n, len(x))
+    x = means(x, np.arange(len(x)) * n // len(x))
+    ax.set(xticks=[], yticks=[], title=title)
+    ax.imshow(x @ x.T, cmap="magma", vmin=0, vmax=1)
+
+
+def spread_layers(n, most):
+    """Up to `most` of the layers 1 to n, evenly spaced, the last among them."""
+    return sorted({round(layer) for layer in np.linspace(n, 1, min(n, most))})
+
+
+def draw_hero(run, data, rows):
+    """How alike are the states of val's instructions? Through training, by layer, beside shared inputs."""
+    f1 = {(row["step"], row["layer"]): row["value"] for row in select(rows, **TASK_F1)}
+    right = {row["step"]: row["value"] for row in select(rows, measure="acc_val")}
+    steps = sorted({step for step, _ in f1})
+    states = sort_states(run, steps, "val/instruction", "task")
+    N = states.shape[2]
+    top = states.shape[1] - 1
+    shared = find_overlaps(read_labels(run), {}, "val/instruction")["input"]
+    tasks = order_tasks(shared)
+
+    fig = Figure(figsize=(11.5, 7.3))
+    fig.get_layout_engine().set(rect=(0, 0, 1, 0.87))
+    fig.text(0.02, 0.95, "No task is ever named, yet the network groups what it reads by task", size=18)
+    fig.text(0.02, 0.9, f"{N} instructions that a small Transformer never saw, each against each, sorted by "
+             f"their {len(tasks)} tasks. Bright: its states after the two are alike.")
+    upper, lower = fig.subplots(2, 4)
+
+    # the top layer, at four steps where accuracy moves
+    moves = {min(steps, key=lambda step: abs(right[step] - level)) for level in (0, 0.3, 0.65, 1)}
+    for ax, step in zip(upper, sorted(moves)):
+        show_cosines(ax, states[steps.index(step), top],
+                     f"step {step}: {right[step]:.0%} right, F1 {f1[step, top]:.2f}")
+    upper[0].set_ylabel(f"layer {top}, through training")
+    ax.plot([1.02, 1.02], [0, 1 / len(tasks)], color="white", transform=ax.transAxes, clip_on=False)
+    ax.text(1.04, 0, f"one task,\n{N // len(tasks)} of {N}", transform=ax.transAxes)
+
+    # the last step, in lower layers
+    for ax, layer in zip(lower, spread_layers(top - 1, 3)):
+        show_cosines(ax, states[-1, layer], f"layer {layer}: F1 {f1[steps[-1], layer]:.2f}")
+    lower[0].set(ylabel=f"step {steps[-1]}, lower layers", xlabel="black: cosine 0 or less; white: 1")
+
+    # no network: what tasks have in common
+    rsa, = select(rows, step=steps[-1], layer=top, **TASK_F1 | {"measure": "rsa", "identity": "input"})
+    ax = lower[3]
+    ax.imshow(shared[tasks][:, tasks], cmap="bone")
+    ax.set(xticks=[],
+           yticks=[],
+           title="no network: shared inputs",
+           xlabel=f"white: all inputs shared; r = {rsa['value']:.2f} with layer {top}")
+    for i, task in enumerate(tasks):
+        ax.text(len(tasks), i, " ".join(sorted(data.tasks[task].map))[:12], va="center", size=7)
+    yield "hero", fig
+
+
+def draw_film(run, rows, path):
+    """Write a GIF, a frame per capture: the states of val's instructions, layer by layer, above F1 so far."""
+    f1 = select(rows, **TASK_F1)
+    right = {row["step"]: row["value"] for row in select(rows, measure="acc_val")}
+    steps = sorted({row["step"] for row in f1})
+    states = sort_states(run, steps, "val/instruction", "task")
+    layers = spread_layers(states.shape[1] - 1, 4)
+    names, colors = name_layers(layers)
+    frames = []
+    for step, x in zip(steps, states):
+        fig = Figure(figsize=(8.4, 4.5))
+        upper, lower = fig.subfigures(2, height_ratios=(1.3, 1))
+        upper.suptitle(f"step {step}: {right[step]:.0%} of unseen instructions answered right. "
+                       "Sorted by task; bright: states alike")
+        for ax, layer in zip(upper.subplots(1, len(layers), squeeze=False)[0], layers):
+            show_cosines(ax, x[layer], f"layer {layer}", 96)
+        ax = lower.subplots()
+        so_far = [row for row in f1 if row["step"] <= step]
+        draw_lines(ax, so_far, "step", "layer", names, colors[::-1])        # the top layer is brightest
+        shade_chance(ax, f1, "step")
+        ax.set(xlim=(0, steps[-1]),
+               ylim=(0, 1.02),
+               xlabel="training step",
+               ylabel="pairwise F1 of task")
+        lower.legend(loc="outside right center")
+        png = io.BytesIO()
+        fig.savefig(png, dpi=100)
+        frames.append(Image.open(png).convert("RGB"))
+    palette = frames[-1].quantize(200)                          # one for all, so that lines stay sharp
+    first, *others = (frame.quantize(palette=palette, dither=0) for frame in frames)
+    first.save(path,
+               save_all=True,
+               append_images=others,
+               duration=[300] * len(others) + [3000],           # milliseconds
+               loop=0)
+
+
+def draw_similarity(folder, rows):
+    """States of val in the last capture, layer by layer: a figure for each position and identity."""
+    f1 = select(rows, measure="f1", split="val", view="raw")
+    keys = dict.fromkeys((row["position"], row["identity"]) for row in f1 if row["layer"] > 0)
+    for position, identity in keys:
+        scores = select(f1, position=position, identity=identity)
+        states = sort_states(folder, [scores[-1]["step"]], f"val/{position}", identity)[0]
+        scores = scores[-len(states):]
+        layers = spread_layers(len(states) - 1, 6)
+        fig = Figure(figsize=(2.2 * len(layers), 2.8))
+        for ax, layer in zip(fig.subplots(1, len(layers), squeeze=False)[0], layers):
+            show_cosines(ax, states[layer], f"layer {layer}: F1 {scores[layer]['value']:.2f}")
+        fig.suptitle(f"States at `{position}`, sorted by {identity}. Bright: alike")
+        yield f"similarity_{position}_{identity}", fig
 
 
 # ---------------------------------------------------------------- figures of runs
-# Each yields names and figures: of merged rows, or of what the first run has seen.
 
 
 def draw_data(data, max_len):
-    """Figure 1: the first task, how it is said and what it maps; and what every task maps to what."""
-    task, rng, text = data.tasks[0], random.Random(0), []
-    for m, pattern in enumerate((*task.distributions, task.held_out)):
-        name = f"regex {m}, taught" if m < len(task.distributions) else "held out: never taught (ood)"
-        strings = Regex(pattern, max_len).sample(3, rng)
-        text += [f"{name}\n   {pattern:.66}", *(f"      {s:.63}" for s in strings), ""]
-    some, first = [*task.map.items()][:5], Regex(task.distributions[0], max_len).unrank(0)
-    text += [*textwrap.wrap("maps " + ", ".join(f"{i} to {o}" for i, o in some), 69), "", "the network reads",
-             f"   {first} <sep> {some[0][0]} <ans>", f"and answers\n   {some[0][1]} <eos>"]
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 0.17 * "\n".join(text).count("\n")),
-                                      width_ratios=(0.8, 1))
-    left.text(0, 1, "\n".join(text), family="monospace", va="top", fontsize=8, transform=left.transAxes)
-    left.set_title(f"One of {len(data.tasks)} tasks, {task.name}, and how it is said", loc="left")
+    """Figure 1: the regexes of a task and what they say; and the output of every task for every input."""
+    task = data.tasks[0]
+    text = [f"Regexes of one of {len(data.tasks)} tasks, and instructions; the last is held out", ""]
+    for pattern in [*task.distributions, task.held_out]:
+        strings = Regex(pattern, max_len).sample(3, random.Random(0))
+        text += [pattern, *(f"    {string}" for string in strings), ""]
+    fig = Figure(figsize=(10, 0.25 * len(text)))
+    left, right = fig.subplots(1, 2, width_ratios=(0.8, 1))
+    left.text(0, 1, "\n".join(line[:70] for line in text), family="monospace", va="top", size=8)
     left.axis("off")
-    inputs = list(dict.fromkeys(i for task in data.tasks for i in task.map))
-    inputs = sorted(inputs) if len(inputs) <= 20 else inputs
-    outputs = dict.fromkeys(output for task in data.tasks for output in task.map.values())
-    number = {output: n for n, output in enumerate(outputs)}
-    table = np.array([[number.get(task.map.get(i), math.nan) for i in inputs] for task in data.tasks])
-    right.imshow(table, cmap="cividis", aspect="auto", interpolation="nearest")
+
+    inputs = sorted({word for task in data.tasks for word in task.map})
+    has = np.array([[word in task.map for word in inputs] for task in data.tasks], int)
+    order = order_tasks(has @ has.T)
+    right.imshow(has[order], cmap="Blues", vmax=4, aspect="auto")
     if len(inputs) <= 20:
-        for t, i in zip(*np.nonzero(~np.isnan(table))):
-            right.text(i, t, data.tasks[t].map[inputs[i]], ha="center", va="center", fontsize=7,
-                       color="white" if table[t, i] < len(number) / 2 else "black")
         right.set_xticks(range(len(inputs)), inputs)
-    right.set_yticks(range(len(data.tasks)), [task.name for task in data.tasks])
-    right.set(xlabel="input", ylabel="task", title="The output, by task and input (blank: none)")
+        for i, t in enumerate(order):
+            for word, output in data.tasks[t].map.items():
+                right.text(inputs.index(word), i, output, ha="center", va="center", size=7)
+    right.set(xlabel="input", yticks=[], ylabel="tasks, similar ones side by side",
+              title=f"Outputs: tasks share inputs and map them differently (first: {task.name})")
     yield "data", fig
 
 
-def draw_training(metrics):
+def draw_training(rows):
     """Figure 3: loss and accuracies."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
-    steps, loss = select(metrics, "step", measure="loss")
-    line(left, steps, loss, color="black")                          # nan at step 0
-    left.set(ylabel="nats a token", title="Training loss", ylim=(0, None))
-    accuracies = dict.fromkeys(row["measure"] for row in metrics if row["measure"] != "loss")
-    for measure, look in zip(accuracies, LOOKS):
-        line(right, *select(metrics, "step", measure=measure), label=measure[4:], **look)
-    right.set(ylabel="share of instances answered right", title="Task accuracy", ylim=(-0.02, 1.02))
-    right.legend()
-    for ax in left, right:
-        over_steps(ax, steps[-1])
-    yield "training", fig
+    names = {"acc_subset": "subset: trained on",
+             "acc_val": "val: new strings of trained regexes",
+             "acc_ood": "ood: strings of new regexes"}
+    yield "loss", draw_panels(
+        "Training loss",
+        "nats per token",
+        {"": rows},
+        "step",
+        "measure",
+        {"loss": "one batch"},
+        ylim=(0, None))
+    yield "accuracy", draw_panels(
+        "How many answers are right?",
+        "share of instances",
+        {"": rows},
+        "step",
+        "measure",
+        names)
 
 
 def draw_measures(rows):
-    """Figures 2 and 4, and the like for every measure and position: a row a split, a column an identity."""
-    rows = [row for row in rows if row["view"] == "raw" and row["position"] != "surface"]
-    layers, steps = (sorted({row[key] for row in rows}) for key in ("layer", "step"))
-    for measure, position in dict.fromkeys((row["measure"], row["position"]) for row in rows):
-        here = dict(measure=measure, position=position)
-        mine = [row for row in rows if here.items() <= row.items()]
-        splits = [split for split in dict.fromkeys(row["split"] for row in mine)
-                  if split != "ood" or measure.startswith("knn")]       # there a task has one regex only
-        identities = list(dict.fromkeys(row["identity"] for row in mine))
-        fig, axes = plt.subplots(len(splits), len(identities), sharey=True, sharex=True, squeeze=False,
-                                 figsize=(2 + 2.6 * len(identities), 0.6 + 2 * len(splits)))
-        for ax, (split, identity) in zip(axes.flat, product(splits, identities)):
-            where = dict(here, split=split, identity=identity)
-            for layer in layers:
-                line(ax, *select(mine, "step", layer=layer, **where), label=f"layer {layer}",
-                     **shade(layer, len(layers)))
-            for number, grey, null in (("regrouped_95", "0.88", "regexes\nregrouped"),
-                                       ("null_95", "0.75", "labels\npermuted")):
-                edge = np.array([select(mine, "step", number, layer=layer, **where)[1].mean(0)
-                                 for layer in layers[1:]])      # layer 0 has seen too little to matter
-                if not np.isnan(edge).all():        # of their nulls, the one that is hardest to beat
-                    best, far = (np.nanmin, 99) if measure in LOWER else (np.nanmax, 0)
-                    ax.fill_between(steps, best(edge, 0), far, color=grey, lw=0, zorder=0,
-                                    label=f"null: {null}, 95 %")
-            top = {"nc1": 6, "merge_ratio": 1.3}.get(measure, 1.02)
-            ax.set(title=f"{identity}, at `{position}`, {split}", ylim=(0, top))
-            over_steps(ax, steps[-1])
-            ax.label_outer()
-        for ax in axes[:, 0]:
-            ax.set_ylabel(TITLES.get(measure, measure))
-        fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
-        yield f"{measure}_{position}", fig
+    """Figures 2 and 4: of each measure, position and split a figure, with a panel for each identity.
 
-
-def draw_film(run, data):
-    """States of val, layer by capture: on the first two principal components of the layer's last capture."""
-    steps = kept_steps(run)
-    accuracy = {row["step"]: row["acc_val"] for row in read_rows(run / "metrics.jsonl")}
-    shown = sorted({min(steps, key=lambda step: abs(step - even)) for even in np.linspace(0, steps[-1], 6)})
-    for position in data.splits["val"].positions:
-        ids = data.splits["val"].labels(position)
-        task, some = ids["task"], np.random.default_rng(0).permutation(len(ids["task"]))[:500]
-        regex = np.array([np.unique(ids["distribution"][task == t]).searchsorted(d)
-                          for t, d in zip(task[some], ids["distribution"][some])])
-        states = read_states(run, shown, f"val/{position}", len(task)).float()            # (S, L + 1, n, C)
-        states -= states.mean(2, keepdim=True)
-        S, L = states.shape[:2]
-        fig, axes = plt.subplots(L, S, squeeze=False, figsize=(1.8 * S, 1.8 * L + 0.5))
-        for layer, row in enumerate(axes):
-            axis = torch.linalg.svd(states[-1, layer], full_matrices=False)[2][:2].T    # (C, 2)
-            flat = (states[:, layer] @ axis).numpy()                                    # (S, n, 2)
-            reach = 1.1 * max(1e-3, np.abs(flat[-1]).max())
-            for ax, points, step in zip(row, flat, shown):
-                for r in range(regex.max() + 1):
-                    of = some[regex == r]
-                    ax.scatter(*points[of].T, c=task[of], cmap="turbo", vmin=0, vmax=task.max(), s=8, lw=0,
-                               marker=MARKERS[r % len(MARKERS)], rasterized=True)
-                ax.set(xticks=[], yticks=[], xlim=(-reach, reach), ylim=(-reach, reach))
-                ax.spines[:].set_visible(True)
-                if layer == 0:
-                    ax.set_title(f"step {step}\nval accuracy {accuracy.get(step, math.nan):.2f}")
-            for t in np.unique(task) if layer else ():          # more tasks than colours one can tell apart
-                row[-1].text(*flat[-1][task == t].mean(0), t, ha="center", va="center", fontsize=7)
-            row[0].set_ylabel(f"layer {layer}")
-        fig.suptitle(f"Unseen instructions, states at `{position}`: a colour and number a task, a marker a "
-                     "regex of it.\nA layer's axes are its principal components at the last step", fontsize=9)
-        yield f"film_{position}", fig
+    A line over training steps for each layer; of a single capture, a point for each layer.
+    """
+    rows = [row for row in select(rows, view="raw")
+            if row["position"] != "surface"
+            and row["measure"] != "best_k"
+            and (row["split"] == "val" or row["measure"] == "f1")]
+    keys = dict.fromkeys((row["measure"], row["position"], row["split"]) for row in rows)
+    for measure, position, split in keys:
+        some = select(rows, measure=measure, position=position, split=split)
+        panels = {f"by {WORDS.get(identity, identity)}": select(some, identity=identity)
+                  for identity in dict.fromkeys(row["identity"] for row in some)}
+        names, colors = name_layers(sorted({row["layer"] for row in some}))
+        side = "Below" if measure in LOWER else "Above"
+        yield f"{measure}_{position}_{split}", draw_panels(
+            f"{side} grey is better than chance. States at `{position}`, {split}",
+            WORDS.get(measure, measure),
+            panels,
+            "step" if some[0]["step"] < some[-1]["step"] else "layer",
+            "layer",
+            names,
+            colors,
+            ylim=(-0.1, 6 if measure == "nc1" else 1.1),
+            shade=True)
 
 
 def draw_patch(rows):
-    """Are the clusters used? What is answered if a state is exchanged."""
-    positions = list(dict.fromkeys(row["position"] for row in rows))
-    fig, axes = plt.subplots(2, len(positions), figsize=(3.4 * len(positions), 5), sharex=True, sharey=True)
-    shares = {"donor": "answers the donor's output", "right": "still answers right"}
-    for ax, (share, position) in zip(axes.flat, product(shares, positions)):
-        curves(ax, rows, "layer", "patch", measure=share, position=position)
-        ax.set(title=f"exchanged at `{position}`", xlabel="layer", ylim=(-0.03, 1.03), ylabel=shares[share])
-        ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.label_outer()
-    for ax in axes[0]:
-        ax.legend(fontsize=7)
-    yield "patch", fig
+    """What is answered, and which inputs are expected next, if states are exchanged?"""
+    shares = {"donor": "answers as the donor",
+              "right": "still answers right",
+              "next": "expects an input of the donor's task"}
+    rows = [row for row in rows if "patch" in row]
+    patches = {row["patch"]: row["patch"] for row in rows}
+    for position in dict.fromkeys(row["position"] for row in rows):
+        panels = {title: select(rows, measure=share, position=position) for share, title in shares.items()}
+        yield f"patch_{position}", draw_panels(
+            f"What changes if states of one layer, at `{position}`, are replaced by others?",
+            "share, or probability",
+            panels,
+            "layer",
+            "patch",
+            patches)
 
 
 # ---------------------------------------------------------------- figures of demos
@@ -262,109 +361,121 @@ def draw_patch(rows):
 
 def draw_pretrain(rows):
     """Figure 5b: how soon the tasks are learnt, by what was learnt before."""
-    sizes = list(dict.fromkeys(row["n_train"] for row in rows))
-    fig, axes = plt.subplots(1, len(sizes), figsize=(4.5 * len(sizes), 3.6), sharey=True)
-    for ax, n in zip(axes, sizes):
-        curves(ax, rows, "step", "strategy", measure="acc_val", n_train=n)
-        ax.set(xlabel="step of learning the tasks", title=f"{n} training instructions a regex")
-    axes[0].set_ylim(-0.02, 1.02)
-    axes[0].set_ylabel("task accuracy, val")
-    axes[0].legend(title="learnt before")
-    yield "pretrain", fig
+    names = {"scratch": "nothing",
+             "lm": "to read instructions",
+             "task_id": "to name the task",
+             "shuffled_id": "to name a random task"}
+    panels = {f"{n} training instructions per regex": select(rows, measure="acc_val", n_train=n)
+              for n in dict.fromkeys(row["n_train"] for row in rows)}
+    yield "pretrain", draw_panels(
+        "How soon are the tasks learnt, after learning what is named at the right?",
+        "accuracy on val",
+        panels,
+        "step",
+        "arm",
+        names)
 
 
 def draw_align(rows):
-    """What is refused and what kept, by the number of labels."""
-    rows = [row for row in rows if row["arm"] != "base"]
-    budgets = sorted({row["b"] for row in rows})
-    fig, axes = plt.subplots(2, 3, figsize=(9, 6), sharey=True, sharex=True)
-    for ax, (measure, title) in zip(axes.flat, MEASURED.items()):
-        curves(ax, rows, "b", "arm", measure=measure)
-        ax.set_xscale("log", base=2)
-        ax.set_xticks(budgets, map(str, budgets))
-        ax.set(xlabel="labels a task, b", ylabel="share of instances", title=textwrap.fill(title, 32),
-               ylim=(-0.03, 1.03))
-        ax.label_outer()
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
+    """What each arm refuses with the fewest labels, and by the number of labels."""
+    arms = {"labels": "train on the labels",
+            "clusters": "train on their clusters",
+            "guard": "refuse unwanted clusters",
+            "nearest": "refuse the nearest to labels"}
+    others = {"guard_auto": "number of clusters by silhouette",
+              "guard_half": "half as many clusters",
+              "guard_twice": "twice as many clusters",
+              "guard_counts": "clusters of letter counts",
+              "guard_untrained": "clusters, untrained network"}
+    panels = {"unwanted, other phrasing: refused": select(rows, measure="refused_other"),
+              "wanted: refused": select(rows, measure="refused_wanted"),
+              "wanted: answered right": select(rows, measure="accuracy")}
+    yield "align_budgets", draw_panels(
+        "Do more labels help?",
+        "share of instances",
+        panels,
+        "b",
+        "arm",
+        arms)
+
+    # with the fewest labels, the controls, too: a dot for each run
+    arms |= others
+    fewest = min(row["b"] for row in rows if "b" in row)
+    fig = Figure(figsize=(10, 3.4))
+    axes = fig.subplots(1, len(panels), sharey=True)
+    for ax, (title, some) in zip(axes, panels.items()):
+        for y, (arm, color) in enumerate(zip(arms, cycle(COLORS))):
+            shares = [row["value"] for row in select(some, arm=arm, b=fewest)]
+            ax.plot(shares, [y] * len(shares), "o-", color=color)
+        ax.set(title=title, xlabel="share of instances", xlim=(-0.03, 1.03))
+    ax.set_yticks(range(len(arms)), arms.values())
+    ax.invert_yaxis()
+    fig.suptitle(f"What is refused, knowing {fewest} instruction of each unwanted task?")
     yield "align", fig
 
 
 # ---------------------------------------------------------------- all of them
 
 
-def of_seeds(seeds: list[int]) -> str:
-    """Which seeds a figure shows, and how."""
-    how = "" if len(seeds) == 1 else ": mean, and each" if len(seeds) < 5 else ": mean, and its 95 % interval"
-    return f"seed {', '.join(map(str, seeds))}{how}"
+def group_runs(folders):
+    """Lists of folders to draw as one: runs that differ in their seeds only, or any other folder."""
+    groups = defaultdict(dict)
+    for folder in folders:
+        cfg = {"seed": 0, "folder": folder}
+        if (folder / "config.json").exists():
+            cfg = vars(read_config(folder)) | {"out": "", "start": ""}
+        seed = cfg.pop("seed")
+        groups[str(cfg)].setdefault(seed, folder)
+    return [list(group.values()) for group in groups.values()]
 
 
-def save(figures, out: Path, caption: str):
-    """Write every figure as PNG and SVG, with what was run below it in small print."""
+def draw(runs, out):
+    """Draw runs that differ in their seeds only, or one demo, or one folder of states."""
+    first = runs[0]
+    mine, *others = map(read_run, runs)
+    rows = sum(others, mine)
+    if not rows:
+        raise ValueError(f"{first}: there is nothing to draw: make train probe first")
     out.mkdir(parents=True, exist_ok=True)
+    if "arm" in rows[0]:
+        figures = draw_pretrain(rows) if "n_train" in rows[0] else draw_align(rows)
+    else:
+        figures = [*draw_measures(rows), *draw_patch(rows), *draw_similarity(first, mine)]
+    if (first / "config.json").exists():
+        cfg = read_config(first)
+        data = read_data(first)
+        figures += draw_training(rows)
+        if cfg.asks_for == "output" and not cfg.shuffle_tasks:          # else it would be wrong
+            figures += draw_data(data, cfg.max_len)
+            if any(row["value"] > 0.5 for row in select(mine, **TASK_F1)[-1:]):     # top layer, last step
+                with matplotlib.rc_context(NIGHT):
+                    figures += draw_hero(first, data, mine)
+                    draw_film(first, mine, out / "hero.gif")
     for name, fig in figures:
-        fig.supxlabel(caption, x=0.01, ha="left", fontsize=6, color="0.4")
-        fig.savefig(out / f"{name}.png")
-        fig.savefig(out / f"{name}.svg", metadata={"Date": None})
-        plt.close(fig)
-        print(out / f"{name}.png")
-
-
-def draw_demo(folder: Path, out: Path):
-    """Draw a demo of apply.py; return the merged rows and the seeds."""
-    rows = read_rows(folder / "apply.jsonl")
-    seeds = list(dict.fromkeys(row["seed"] for row in rows))
-    draw = draw_align if "arm" in rows[0] else draw_pretrain
-    rows = merge([[row for row in rows if row["seed"] == seed] for seed in seeds])
-    save(draw(rows), out, f"apply.py {draw.__name__[5:]}\n" + of_seeds(seeds))
-    return rows, seeds
-
-
-def draw_runs(runs: list[Path], out: Path):
-    """Draw runs that differ in their seeds; return the merged rows and the seeds.
-
-    Raises ValueError if they differ in more, or have nothing in common.
-    """
-    configs = [read_config(run) for run in runs]
-    seeds = [cfg.seed for cfg in configs]
-    knobs = [{key: x for key, x in vars(cfg).items() if key not in ("out", "start", "device")
-              and not key.endswith("seed")} for cfg in configs]
-    if any(some != knobs[0] for some in knobs):
-        raise ValueError("runs that are drawn as one may differ in their seeds only")
-    if len({*seeds}) < len(seeds):
-        raise ValueError("runs that are drawn as one must differ in --seed")
-    changed = [f"{key} {x}" for key, x in knobs[0].items() if x != getattr(Config, key)]
-    what = (", ".join(changed) or "the default run") + "\n"
-    metrics, probed, patched = (
-        merge([read_rows(run / name) for run in runs])
-        if any((run / name).exists() for run in runs) else []
-        for name in ("metrics.jsonl", "probe.jsonl", "patch.jsonl"))
-    if not metrics:
-        raise ValueError(f"{', '.join(map(str, runs))}: no evaluation in common, train them first")
-    data = read_data(runs[0])
-    if knobs[0]["asks_for"] == "output" and not knobs[0]["shuffle_tasks"]:          # else it would be wrong
-        save(draw_data(data, knobs[0]["max_len"]), out, what + of_seeds(seeds[:1]))
-    save(draw_film(runs[0], data), out, what + of_seeds(seeds[:1]))
-    save(draw_training(metrics), out, what + of_seeds(seeds))
-    if any(row["view"] == "raw" for row in probed):
-        save(draw_measures(probed), out, what + of_seeds(seeds))
-    if patched:
-        save(draw_patch(patched), out, what + of_seeds(seeds))
-    return metrics + probed + patched, seeds
+        fig.supxlabel(", ".join(run.name for run in runs), color="0.5")
+        fig.savefig(out / f"{name}.png", dpi=130)
+    print(f"the figures are in {out}")
 
 
 def main():
-    """Draw runs that differ in their seeds, or a demo of apply.py."""
+    """Draw runs, demos of apply.py, or any folders of states."""
     flags = Flags(description=main.__doc__)
-    flags.add_argument("runs", nargs="+", type=Path, help="run folders, or the folder of one demo")
-    flags.add_argument("--out", type=Path, help="folder of the figures (default: figures/ in the first)")
+    flags.add_argument("folders", nargs="*", type=Path, help="what to draw (default: all in runs/)")
+    flags.add_argument("--out", type=Path, help="where to (default: figures/ in the first folder)")
     given = flags.parse_args()
-    if plt is None:
+    if matplotlib is None:
         raise ValueError("matplotlib is missing: make figures installs it")
-    runs, out = given.runs, given.out or given.runs[0] / "figures"
-    plt.rcParams.update(STYLE)
-    rows, seeds = draw_demo(runs[0], out) if (runs[0] / "apply.jsonl").exists() else draw_runs(runs, out)
-    if len(seeds) > 1:
-        write_numbers(out / "numbers.csv", rows, seeds)
+    found = sorted({path.parent for path in Path("runs").glob("*/*.jsonl")})
+    with warnings.catch_warnings(record=True) as caught, matplotlib.rc_context():
+        matplotlib.rcdefaults()                                 # whatever the user has set
+        matplotlib.rcParams.update(STYLE)
+        groups = group_runs(given.folders or found or [Path("runs/default")])
+        if given.out and len(groups) > 1:
+            raise ValueError("--out: these differ in more than their seeds, draw one after the other")
+        for runs in groups:
+            draw(runs, given.out or runs[0] / "figures")
+    if caught:
+        print(f"note: {caught[0].message}, and {len(caught) - 1} more like it")
 
 
 if __name__ == "__main__":
