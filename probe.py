@@ -42,15 +42,14 @@ def kmeans(x, k, n_init=8, max_iter=100, seed=0):
     them, and so on; the last one runs to its end, or for max_iter. With fewer distinct points than k, some
     clusters stay empty and their centroids are nan.
 
-    Raises ValueError for k outside 1..N, n_init or max_iter below 1, and points that are not finite.
+    Raises ValueError for k outside 1..N and for points that are not finite.
     """
     x = torch.as_tensor(x).double()
     *batch, N, C = x.shape
-    if not 1 <= k <= N or min(n_init, max_iter) < 1:
-        raise ValueError(f"k = {k} must be in 1..{N}, n_init = {n_init} and max_iter = {max_iter} "
-                         "at least 1")
-    size = k, n_init, 2 + int(math.log(k))              # as many candidates as scikit-learn takes
-    draws = torch.rand(size, generator=make_generator(f"{seed}/kmeans")).to(x.device)
+    if not 1 <= k <= N:
+        raise ValueError(f"k = {k} must be in 1..{N}, the number of points")
+    candidates = 2 + int(math.log(k))                   # as many as scikit-learn takes
+    draws = torch.rand(k, n_init, candidates, generator=make_generator(f"{seed}/kmeans")).to(x.device)
     found = []
     for points in x.reshape(-1, N, C):
         scaled = normalise(points)
@@ -166,7 +165,7 @@ def silhouette(x, clusters):
     a = distances[own] * sizes / (sizes - 1)                    # the point itself does not count
     distances[own] = math.inf
     b = distances.amin(1)
-    return ((b - a) / b.maximum(a)).nan_to_num().mean().item()
+    return ((b - a) / b.maximum(a)).nan_to_num().mean()
 
 
 def choose_k(x):
@@ -211,7 +210,7 @@ def contingency(classes, clusters):
 
 def numbered(labels):
     """Labels of any type as 0, 1, 2 and so on, in sorted order."""
-    return np.unique(labels, return_inverse=True)[1].reshape(np.shape(labels))
+    return np.unique(labels, return_inverse=True)[1]
 
 
 def sums(n, f):
@@ -631,7 +630,7 @@ def read_states(folder, steps, name, n):
                  "(as many as labels) x width, the same at every step"):
         x = np.stack([read_arrays(capture_path(folder, step))[name] for step in steps])
         S, L, N, C = x.shape
-        if N != n:
+        if N != n or not x.size or not np.isfinite(x).all():
             raise ValueError(x.shape)
         return torch.from_numpy(x)
 
@@ -656,8 +655,10 @@ def probe(folder, views=("raw",)):
         if not ids:
             continue
         n = len(ids[min(ids)])
-        at = [0] if name in counts else steps
-        states = counts[name][None, None] if name in counts else read_states(folder, steps, name, n)
+        if name in counts:
+            at, states = [0], counts[name][None, None]
+        else:
+            at, states = steps, read_states(folder, steps, name, n)
         print(f"{name}: {n} states, {len(states[-1, -1].unique(dim=0))} distinct in the last layer")
         overlaps = find_overlaps(labels, counts, name)
         for view in dict.fromkeys(views):
@@ -673,8 +674,11 @@ def probe(folder, views=("raw",)):
                      for row in scored]
     if {row["view"] for row in rows} != {*views}:
         raise ValueError(f"{folder}: labels.npz has no identity to score, or no `input` for view centred")
-    write_rows(f"{folder}/probe.jsonl", rows)
-    print(f"{len(rows):,} scores are in {folder}/probe.jsonl")
+    try:
+        write_rows(f"{folder}/probe.jsonl", rows)
+        print(f"{len(rows):,} scores are in {folder}/probe.jsonl")
+    except OSError as e:
+        print(f"the scores could not be kept: {e}")
     return rows
 
 
@@ -708,7 +712,7 @@ def print_report(rows):
         if row["step"] == steps[-1] or row["position"] == "surface":     # which has step 0 and layer 0 only
             dot = SHADES[0] * (not beyond)
             table[name] += ("-" if value is None else f"{dot}{value:.2f}").rjust(7)
-        if name == f"{row['position']} task f1" != "surface task f1":
+        if name == f"{row['position']} task f1":
             layer = f"{row['position']:12}layer {row['layer']:2}  "
             heat[layer] += 2 * SHADES[beyond and 1 + min(3, int(4 * value))]
 

@@ -1,8 +1,75 @@
-"""Do clusters stay tasks when there are more of them? Trains, probes and draws 16 to 128 tasks.
+"""Do clusters stay tasks when there are more of them? Trains, probes and draws 16, 32, 64 and 128 tasks.
 
-    make scale                                two seeds of each size, into runs/scale
-    python examples/scale.py --out FOLDER     a run that is there is not trained again
+    make scale                                two seeds of each, into runs/scale, and its figure
+    python examples/scale.py --seeds 2 3      other seeds; a run that is there is not made again
 
-A study of one's own, from outside: knobs of train.py, rows of probe.py, lines of plot.py. Only the number of
-tasks changes, and with it the number of training steps, as more tasks need more of them.
+A study from outside: knobs of train.py, rows of probe.py, lines of plot.py. All sizes have the same pools of
+inputs and outputs and the same network; more tasks get more training steps and larger batches. Of 128 tasks, 64
+are probed.
 """
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import plot
+from apply import print_table, run_arm, select, step_to
+from data import Flags, command_line
+from probe import probe
+from train import Config, read_rows, write_rows
+
+SIZES = {16: dict(steps=500, batch_size=48),
+         32: dict(steps=700, batch_size=64),
+         64: dict(steps=900, batch_size=96),
+         128: dict(steps=1400, batch_size=128)}
+
+
+def measure(out, seed, n_tasks, knobs):
+    """Train and probe one run; return rows: seed, n_tasks, layer, measure, value."""
+    run = Path(out, f"{n_tasks}-{seed}")
+    if not (run / "probe.jsonl").exists():
+        run_arm(Config(seed=seed, n_tasks=n_tasks, n_inputs=20, n_outputs=40, n_val=5, out=str(run), **knobs))
+        probe(run)
+    metrics = read_rows(run / "metrics.jsonl")
+    f1 = select(read_rows(run / "probe.jsonl"), step=knobs["steps"], **plot.TASK_F1)
+    numbers = {f"F1, layer {row['layer']}": row["value"] for row in f1}
+    numbers |= {"accuracy on val": metrics[-1]["acc_val"], "steps to 0.9": step_to(0.9, metrics)}
+    return [{"seed": seed, "n_tasks": n_tasks, "measure": name, "value": value}
+            for name, value in numbers.items()]
+
+
+def draw(rows):
+    """F1 of task by layer, and steps to 0.9 accuracy, against the number of tasks."""
+    scores = list(dict.fromkeys(row["measure"] for row in rows if row["measure"].startswith("F1")))
+    _, colors = plot.name_layers(range(len(scores)))
+    fig = plot.Figure(figsize=(10, 3.4))
+    left, right = fig.subplots(1, 2)
+    plot.draw_lines(left, rows, "n_tasks", "measure", {name: name[4:] for name in scores}, colors)
+    plot.draw_lines(right, rows, "n_tasks", "measure", {"steps to 0.9": "val"})
+    left.set(title="Do clusters stay tasks?", ylabel="pairwise F1 of task, last step", ylim=(0, 1.02))
+    right.set(title="How long does it take?", ylabel="steps to 0.9 accuracy on val", ylim=(0, None))
+    for ax in left, right:
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(list(SIZES), SIZES)
+        ax.set_xlabel("tasks")
+    fig.legend(*left.get_legend_handles_labels(), loc="outside right center")
+    return fig
+
+
+def main():
+    """Train and probe 16 to 128 tasks, and draw F1 and steps against their number."""
+    flags = Flags(description=main.__doc__)
+    flags.add_argument("--out", default="runs/scale", help="folder of the runs (default: runs/scale)")
+    flags.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="default: 0 1")
+    given = flags.parse_args()
+    rows = [row for n_tasks, knobs in SIZES.items() for seed in given.seeds
+            for row in measure(given.out, seed, n_tasks, knobs)]
+    write_rows(f"{given.out}/scale.jsonl", rows)
+    print_table("By number of tasks", [{**row, "arm": row["measure"]} for row in rows], "n_tasks")
+    if plot.matplotlib:
+        with plot.matplotlib.rc_context(plot.STYLE):
+            draw(rows).savefig(f"{given.out}/scale.png", dpi=130)
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -3,8 +3,8 @@
     python examples/table.py runs/default-0 runs/default-1 --out results/default/numbers.csv
     python examples/table.py runs/pretrain --out results/pretrain/numbers.csv     a demo of apply.py
 
-All rows of probe.py would fill megabytes. Kept are raw F1 of subset and val at every step; and, at the first and
-the last step, every raw measure of val and ood, and F1 in other views. Nulls are means over seeds.
+All rows of probe.py would fill megabytes. Kept are raw F1 of subset and val at every step; and, at the first
+and the last step, every raw measure of val and ood, and F1 in other views. Nulls are means over seeds.
 """
 import csv
 import io
