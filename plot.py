@@ -46,7 +46,6 @@ NIGHT = {"figure.facecolor": "#0d1117",
 COLORS = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"
 WORDS = {"f1": "pairwise F1",
          "distribution": "regular expression",
-         "surface": "letters",
          "step": "training step",
          "b": "labelled instructions per unwanted task"}
 TASK_F1 = {"measure": "f1",
@@ -61,7 +60,7 @@ TASK_F1 = {"measure": "f1",
 def read_run(run):
     """Every number that a run or a demo has: rows with measure, value, and what they are about."""
     rows = []
-    for path in sorted(run.glob("*.jsonl")):
+    for path in run.glob("*.jsonl"):
         for row in read_rows(path):
             if "measure" in row:
                 rows.append(row)
@@ -94,9 +93,9 @@ def shade_chance(ax, rows, x):
     """Shade what chance reaches; over steps, in the layer above the embedding where it reaches most."""
     above = [row for row in rows if row["layer"] > 0]
     nulls = {"regrouped_95": "regexes regrouped", "null_95": "labels permuted"}
-    for (null, label), alpha in zip(nulls.items(), (0.2, 0.4)):
+    for (null, label), alpha in zip(nulls.items(), (0.3, 0.5)):
         at, _, low, high = curve(above, x, null)
-        edge, far = (low, 99) if rows[0]["measure"] in LOWER else (high, -1)
+        edge, far = (low, 99) if rows[0]["measure"] in LOWER else (high, 0)
         ax.fill_between(at, edge, far, color="0.5", alpha=alpha, zorder=0, label=f"chance: {label}")
 
 
@@ -116,9 +115,9 @@ def draw_panels(title, ylabel, panels, x, by, names, colors=COLORS, ylim=(-0.03,
 
 
 def name_layers(layers):
-    """layer -> label, and colours from yellow, the embedding, to violet, the top."""
-    colors = matplotlib.colormaps["viridis_r"].resampled(len(layers) + 1).colors
-    return {layer: f"layer {layer}" for layer in layers}, colors[1:]
+    """layer -> label, and a colour for each, to be seen on white and on black."""
+    names = {layer: f"layer {layer}{' (embedding)' * (layer == 0)}" for layer in layers}
+    return names, matplotlib.colormaps["cool"].resampled(len(layers))(range(len(layers)))
 
 
 # ---------------------------------------------------------------- similarity of states
@@ -156,14 +155,14 @@ def show_cosines(ax, x, title, n=480):
     ax.imshow(x @ x.T, cmap="magma", vmin=0, vmax=1)
 
 
-def spread_layers(n, most):
-    """Up to `most` of the layers 1 to n, evenly spaced, the last among them."""
-    return sorted({round(layer) for layer in np.linspace(n, 1, min(n, most))})
+def show_score(row):
+    """A score beside the harder of its nulls, as text."""
+    return f"F1 {row['value']:.2f} (chance {row.get('regrouped_95', row['null_95']):.2f})"
 
 
-def draw_hero(run, data, rows):
+def draw_hero(run, rows):
     """How alike are the states of val's instructions? Through training, by layer, beside shared inputs."""
-    f1 = {(row["step"], row["layer"]): row["value"] for row in select(rows, **TASK_F1)}
+    f1 = {(row["step"], row["layer"]): show_score(row) for row in select(rows, **TASK_F1)}
     right = {row["step"]: row["value"] for row in select(rows, measure="acc_val")}
     steps = sorted({step for step, _ in f1})
     states = sort_states(run, steps, "val/instruction", "task")
@@ -172,26 +171,28 @@ def draw_hero(run, data, rows):
     shared = find_overlaps(read_labels(run), {}, "val/instruction")["input"]
     tasks = order_tasks(shared)
 
-    fig = Figure(figsize=(11.5, 7.3))
-    fig.get_layout_engine().set(rect=(0, 0, 1, 0.87))
+    fig = Figure(figsize=(11.5, 7.9))
+    fig.get_layout_engine().set(rect=(0, 0, 1, 0.86))
     fig.text(0.02, 0.95, "No task is ever named, yet the network groups what it reads by task", size=18)
-    fig.text(0.02, 0.9, f"{N} instructions that a small Transformer never saw, each against each, sorted by "
-             f"their {len(tasks)} tasks. Bright: its states after the two are alike.")
+    fig.text(0.02, 0.88,
+             f"{N} instructions that a small Transformer never saw, each against each, sorted by their "
+             f"{len(tasks)} tasks.\n"
+             "Bright: its states after reading the two are alike. Black: cosine 0 or less.")
     upper, lower = fig.subplots(2, 4)
 
     # the top layer, at four steps where accuracy moves
     moves = {min(steps, key=lambda step: abs(right[step] - level)) for level in (0, 0.3, 0.65, 1)}
     for ax, step in zip(upper, sorted(moves)):
         show_cosines(ax, states[steps.index(step), top],
-                     f"step {step}: {right[step]:.0%} right, F1 {f1[step, top]:.2f}")
-    upper[0].set_ylabel(f"layer {top}, through training")
+                     f"step {step}: {right[step]:.0%} right\n{f1[step, top]}")
+    upper[0].set(ylabel=f"layer {top}, through training", xlabel="small blocks: instructions of one regex")
     ax.plot([1.02, 1.02], [0, 1 / len(tasks)], color="white", transform=ax.transAxes, clip_on=False)
     ax.text(1.04, 0, f"one task,\n{N // len(tasks)} of {N}", transform=ax.transAxes)
 
     # the last step, in lower layers
-    for ax, layer in zip(lower, spread_layers(top - 1, 3)):
-        show_cosines(ax, states[-1, layer], f"layer {layer}: F1 {f1[steps[-1], layer]:.2f}")
-    lower[0].set(ylabel=f"step {steps[-1]}, lower layers", xlabel="black: cosine 0 or less; white: 1")
+    for ax, layer in zip(lower, range(1, top)[-3:]):
+        show_cosines(ax, states[-1, layer], f"layer {layer}\n{f1[steps[-1], layer]}")
+    lower[0].set_ylabel(f"step {steps[-1]}, lower layers")
 
     # no network: what tasks have in common
     rsa, = select(rows, step=steps[-1], layer=top, **TASK_F1 | {"measure": "rsa", "identity": "input"})
@@ -199,10 +200,8 @@ def draw_hero(run, data, rows):
     ax.imshow(shared[tasks][:, tasks], cmap="bone")
     ax.set(xticks=[],
            yticks=[],
-           title="no network: shared inputs",
-           xlabel=f"white: all inputs shared; r = {rsa['value']:.2f} with layer {top}")
-    for i, task in enumerate(tasks):
-        ax.text(len(tasks), i, " ".join(sorted(data.tasks[task].map))[:12], va="center", size=7)
+           title="no network: how many\ninputs two tasks share",
+           xlabel=f"white: all. Correlation with layer {top}: {rsa['value']:.2f}")
     yield "hero", fig
 
 
@@ -212,24 +211,25 @@ def draw_film(run, rows, path):
     right = {row["step"]: row["value"] for row in select(rows, measure="acc_val")}
     steps = sorted({row["step"] for row in f1})
     states = sort_states(run, steps, "val/instruction", "task")
-    layers = spread_layers(states.shape[1] - 1, 4)
+    layers = range(1, states.shape[1])[-4:]
     names, colors = name_layers(layers)
     frames = []
     for step, x in zip(steps, states):
+        so_far = [row for row in f1 if row["step"] <= step]
         fig = Figure(figsize=(8.4, 4.5))
-        upper, lower = fig.subfigures(2, height_ratios=(1.3, 1))
-        upper.suptitle(f"step {step}: {right[step]:.0%} of unseen instructions answered right. "
-                       "Sorted by task; bright: states alike")
+        upper, lower = fig.subfigures(2, height_ratios=(1.4, 1))
+        upper.suptitle("No task is ever named, yet the network groups unseen instructions by task")
         for ax, layer in zip(upper.subplots(1, len(layers), squeeze=False)[0], layers):
             show_cosines(ax, x[layer], f"layer {layer}", 96)
+        ax.set_xlabel("sorted by task; bright: alike")
         ax = lower.subplots()
-        so_far = [row for row in f1 if row["step"] <= step]
-        draw_lines(ax, so_far, "step", "layer", names, colors[::-1])        # the top layer is brightest
-        shade_chance(ax, f1, "step")
+        draw_lines(ax, so_far, "step", "layer", names, colors)
+        shade_chance(ax, so_far, "step")
         ax.set(xlim=(0, steps[-1]),
                ylim=(0, 1.02),
                xlabel="training step",
-               ylabel="pairwise F1 of task")
+               ylabel="clusters are tasks\n(pairwise F1)",
+               title=f"step {step}: {right[step]:.0%} of unseen instructions answered right")
         lower.legend(loc="outside right center")
         png = io.BytesIO()
         fig.savefig(png, dpi=100)
@@ -239,7 +239,7 @@ def draw_film(run, rows, path):
     first.save(path,
                save_all=True,
                append_images=others,
-               duration=[300] * len(others) + [3000],           # milliseconds
+               duration=[600] * len(others) + [3000],           # milliseconds
                loop=0)
 
 
@@ -251,11 +251,11 @@ def draw_similarity(folder, rows):
         scores = select(f1, position=position, identity=identity)
         states = sort_states(folder, [scores[-1]["step"]], f"val/{position}", identity)[0]
         scores = scores[-len(states):]
-        layers = spread_layers(len(states) - 1, 6)
-        fig = Figure(figsize=(2.2 * len(layers), 2.8))
+        layers = range(len(states) - 1, 0, -max(1, len(states) // 6))[::-1]         # about six of them
+        fig = Figure(figsize=(2.2 * len(layers), 3))
         for ax, layer in zip(fig.subplots(1, len(layers), squeeze=False)[0], layers):
-            show_cosines(ax, states[layer], f"layer {layer}: F1 {scores[layer]['value']:.2f}")
-        fig.suptitle(f"States at `{position}`, sorted by {identity}. Bright: alike")
+            show_cosines(ax, states[layer], f"layer {layer}\n{show_score(scores[layer])}")
+        fig.suptitle(f"States at the {position}, last step, sorted by {identity}. Bright: two are alike")
         yield f"similarity_{position}_{identity}", fig
 
 
@@ -265,7 +265,12 @@ def draw_similarity(folder, rows):
 def draw_data(data, max_len):
     """Figure 1: the regexes of a task and what they say; and the output of every task for every input."""
     task = data.tasks[0]
-    text = [f"Regexes of one of {len(data.tasks)} tasks, and instructions; the last is held out", ""]
+    x = data.splits["train"].instances[0]
+    text = ["The network reads",
+            f"    {x.instruction} <sep> {x.input} <ans>",
+            f"and answers {x.output}. The regexes of this task,",
+            "and instructions (the last regex is held out):",
+            ""]
     for pattern in [*task.distributions, task.held_out]:
         strings = Regex(pattern, max_len).sample(3, random.Random(0))
         text += [pattern, *(f"    {string}" for string in strings), ""]
@@ -284,7 +289,7 @@ def draw_data(data, max_len):
             for word, output in data.tasks[t].map.items():
                 right.text(inputs.index(word), i, output, ha="center", va="center", size=7)
     right.set(xlabel="input", yticks=[], ylabel="tasks, similar ones side by side",
-              title=f"Outputs: tasks share inputs and map them differently (first: {task.name})")
+              title=f"Outputs of {len(order)} tasks (first row: the task at the left)")
     yield "data", fig
 
 
@@ -325,9 +330,8 @@ def draw_measures(rows):
         panels = {f"by {WORDS.get(identity, identity)}": select(some, identity=identity)
                   for identity in dict.fromkeys(row["identity"] for row in some)}
         names, colors = name_layers(sorted({row["layer"] for row in some}))
-        side = "Below" if measure in LOWER else "Above"
         yield f"{measure}_{position}_{split}", draw_panels(
-            f"{side} grey is better than chance. States at `{position}`, {split}",
+            f"States at the {position}, {split}. Grey is what chance reaches",
             WORDS.get(measure, measure),
             panels,
             "step" if some[0]["step"] < some[-1]["step"] else "layer",
@@ -344,11 +348,18 @@ def draw_patch(rows):
               "right": "still answers right",
               "next": "expects an input of the donor's task"}
     rows = [row for row in rows if "patch" in row]
-    patches = {row["patch"]: row["patch"] for row in rows}
+    patches = {"donor": "the donor's",
+               "centroid": "mean of the donor's task",
+               "random": "random",
+               "shift": "moved to the donor's task",
+               "random shift": "moved at random",
+               "letters": "letters: the donor's",
+               "letters, <sep>": "letters, <sep>: the donor's",
+               "from <sep> on": "from <sep> on: the donor's"}
     for position in dict.fromkeys(row["position"] for row in rows):
         panels = {title: select(rows, measure=share, position=position) for share, title in shares.items()}
         yield f"patch_{position}", draw_panels(
-            f"What changes if states of one layer, at `{position}`, are replaced by others?",
+            f"In one layer, the state at the {position} becomes another one: what changes?",
             "share, or probability",
             panels,
             "layer",
@@ -361,14 +372,14 @@ def draw_patch(rows):
 
 def draw_pretrain(rows):
     """Figure 5b: how soon the tasks are learnt, by what was learnt before."""
-    names = {"scratch": "nothing",
-             "lm": "to read instructions",
-             "task_id": "to name the task",
-             "shuffled_id": "to name a random task"}
+    names = {"scratch": "no pre-training",
+             "lm": "pre-trained to read instructions",
+             "task_id": "pre-trained to name their tasks",
+             "shuffled_id": "pre-trained to name random tasks"}
     panels = {f"{n} training instructions per regex": select(rows, measure="acc_val", n_train=n)
               for n in dict.fromkeys(row["n_train"] for row in rows)}
     yield "pretrain", draw_panels(
-        "How soon are the tasks learnt, after learning what is named at the right?",
+        "How soon are the tasks learnt? (Steps of pre-training are not counted)",
         "accuracy on val",
         panels,
         "step",
@@ -378,18 +389,18 @@ def draw_pretrain(rows):
 
 def draw_align(rows):
     """What each arm refuses with the fewest labels, and by the number of labels."""
-    arms = {"labels": "train on the labels",
-            "clusters": "train on their clusters",
-            "guard": "refuse unwanted clusters",
-            "nearest": "refuse the nearest to labels"}
-    others = {"guard_auto": "number of clusters by silhouette",
-              "guard_half": "half as many clusters",
-              "guard_twice": "twice as many clusters",
-              "guard_counts": "clusters of letter counts",
-              "guard_untrained": "clusters, untrained network"}
-    panels = {"unwanted, other phrasing: refused": select(rows, measure="refused_other"),
-              "wanted: refused": select(rows, measure="refused_wanted"),
-              "wanted: answered right": select(rows, measure="accuracy")}
+    arms = {"labels": "baseline: train to refuse the labelled",
+            "nearest": "baseline: refuse the nearest to them",
+            "clusters": "train to refuse their clusters",
+            "guard": "refuse their clusters, no training"}
+    others = {"guard_auto": "the same, number by silhouette",
+              "guard_half": "the same, half as many clusters",
+              "guard_twice": "the same, twice as many",
+              "guard_counts": "control: clusters of letter counts",
+              "guard_untrained": "control: untrained network"}
+    panels = {"unwanted, other phrasing: refused\n(more is better)": select(rows, measure="refused_other"),
+              "wanted: refused\n(less is better)": select(rows, measure="refused_wanted"),
+              "wanted: answered right\n(more is better)": select(rows, measure="accuracy")}
     yield "align_budgets", draw_panels(
         "Do more labels help?",
         "share of instances",
@@ -404,13 +415,13 @@ def draw_align(rows):
     fig = Figure(figsize=(10, 3.4))
     axes = fig.subplots(1, len(panels), sharey=True)
     for ax, (title, some) in zip(axes, panels.items()):
-        for y, (arm, color) in enumerate(zip(arms, cycle(COLORS))):
+        for y, (arm, color) in enumerate(zip(arms, [*COLORS[:4], *["0.5"] * 5])):
             shares = [row["value"] for row in select(some, arm=arm, b=fewest)]
             ax.plot(shares, [y] * len(shares), "o-", color=color)
         ax.set(title=title, xlabel="share of instances", xlim=(-0.03, 1.03))
     ax.set_yticks(range(len(arms)), arms.values())
     ax.invert_yaxis()
-    fig.suptitle(f"What is refused, knowing {fewest} instruction of each unwanted task?")
+    fig.suptitle(f"What is refused, knowing {fewest} instruction of each unwanted task? (A dot is a run)")
     yield "align", fig
 
 
@@ -449,10 +460,10 @@ def draw(runs, out):
             figures += draw_data(data, cfg.max_len)
             if any(row["value"] > 0.5 for row in select(mine, **TASK_F1)[-1:]):     # top layer, last step
                 with matplotlib.rc_context(NIGHT):
-                    figures += draw_hero(first, data, mine)
+                    figures += draw_hero(first, mine)
                     draw_film(first, mine, out / "hero.gif")
     for name, fig in figures:
-        fig.supxlabel(", ".join(run.name for run in runs), color="0.5")
+        fig.supxlabel("runs: " + ", ".join(run.name for run in runs), size=8, color="0.5")
         fig.savefig(out / f"{name}.png", dpi=130)
     print(f"the figures are in {out}")
 

@@ -4,7 +4,7 @@
     python examples/scale.py --seeds 2 3      other seeds; a run that is there is not made again
 
 A study from outside: knobs of train.py, rows of probe.py, lines of plot.py. All sizes have the same pools of
-inputs and outputs and the same network; more tasks get more training steps and larger batches. Of 128 tasks, 64
+inputs and outputs and the same network. More tasks get more training steps and larger batches. Of 128 tasks, 64
 are probed.
 """
 import sys
@@ -19,16 +19,17 @@ from probe import probe
 from train import Config, read_rows, write_rows
 
 SIZES = {16: dict(steps=500, batch_size=48),
-         32: dict(steps=700, batch_size=64),
-         64: dict(steps=900, batch_size=96),
-         128: dict(steps=1400, batch_size=128)}
+         32: dict(steps=800, batch_size=64),
+         64: dict(steps=1300, batch_size=96),
+         128: dict(steps=3000, batch_size=192)}
+KNOBS = dict(n_inputs=20, n_outputs=40, n_val=5, lr=0.01)
 
 
 def measure(out, seed, n_tasks, knobs):
     """Train and probe one run; return rows: seed, n_tasks, layer, measure, value."""
     run = Path(out, f"{n_tasks}-{seed}")
     if not (run / "probe.jsonl").exists():
-        run_arm(Config(seed=seed, n_tasks=n_tasks, n_inputs=20, n_outputs=40, n_val=5, out=str(run), **knobs))
+        run_arm(Config(seed=seed, n_tasks=n_tasks, out=str(run), **KNOBS, **knobs))
         probe(run)
     metrics = read_rows(run / "metrics.jsonl")
     f1 = select(read_rows(run / "probe.jsonl"), step=knobs["steps"], **plot.TASK_F1)
