@@ -232,8 +232,8 @@ def find_clusters(states, k, seed):
 def unwanted_clusters(clusters, case, labelled):
     """(k,) bool: does a cluster hold more of the unwanted tasks than of the wanted ones, as far as is known?
 
-    clusters (n,) of `train`. Either kind counts by its number of tasks, not by how many of its instructions are
-    known.
+    clusters (n,) of `train`. Either kind counts by its number of tasks, not by how many of its instructions
+    are known.
     """
     k = clusters.max() + 1
     bad = np.bincount(clusters[labelled], minlength=k)
