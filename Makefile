@@ -64,7 +64,7 @@ results: seeds   ## five seeds of all else in results/README.md
 	$(call draw,runs/pretrain,pretrain)
 	$(PY) apply.py align --seeds $(SEEDS)
 	$(call draw,runs/align,align)
-	$(call draw,$(SEEDS:%=runs/pretrain/seed%/task_id),task_id)
+	$(call draw,$(SEEDS:%=runs/pretrain/seed%/task_id-20-first),task_id)
 
 figures: .venv/draws ## draw everything in runs/ (installs matplotlib)
 	$(PY) plot.py

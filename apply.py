@@ -1,31 +1,34 @@
-"""What clusters by task are good for: two demos, each beside controls that could show it useless.
+"""Two uses of clusters by task, each beside controls that could show them useless.
 
-    python apply.py pretrain            does it help to have learnt to name the task first?
-    python apply.py align               do a few refused instructions tell which others to refuse?
-    python apply.py align --quick       either demo in small, to see it run: too short to conclude anything
+    python apply.py pretrain            does it help to learn the names of tasks first?
+    python apply.py align               do a few labelled instructions tell which others to refuse?
+    python apply.py pretrain --quick    a small version of either, too short to conclude from
 
 `pretrain` is figure 5 of the paper; how `align` refuses is our choice. Every network is a run of train.py
-below --out; runs that are compared have the same seed and steps. A demo that was stopped goes on when called
-again. It does not train a finished run again: after a change of the code, delete --out.
+below --out, and those that are compared have the same seed and number of steps. A demo that was stopped goes
+on when it is called again. Finished runs are used again: after a change of the code, delete --out.
 
-pretrain teaches a network something about instructions, then the tasks.
+pretrain: a network is first taught
     scratch             nothing
-    lm                  to read instructions
-    task_id             to name their task
-    shuffled_id         to name tasks assigned to instructions at random
-It has failed unless task_id reaches val accuracy 0.5 in fewer steps than each of the others, in every seed.
+    lm                  to read instructions, without inputs and outputs
+    task_id             to read instructions and inputs, and to name the task in place of the output
+    shuffled_id         the same, but each instruction gets a random task
+and then the tasks. This fails if task_id does not reach accuracy 0.5 on val in fewer steps than each of the
+others in every seed.
 
-align makes a network refuse a quarter of its tasks. Of each, b instructions of one regex are labelled.
+align: a network shall refuse a quarter of its tasks. Of each, b instructions of one regex are labelled as
+unwanted. Of the other tasks, REHEARSED instructions of each regex are known to be wanted.
     labels              train it to refuse the labelled instructions
-    clusters            train it to refuse all clusters that are unwanted, judging by the labels
-    guard               do not train, refuse what is nearest to an unwanted cluster
-    guard_half          the same with half as many clusters as tasks, guard_twice with twice as many,
-    guard_auto          with as many as the silhouette chooses,
-    guard_counts        with clusters of letter counts, guard_untrained of an untrained network's states
-    nearest             do not train, refuse what is nearer to a labelled than to any wanted instruction
-clusters has failed unless it refuses more instructions of the unwanted tasks' other regexes than labels, and
-answers at most TOLERANCE fewer of the wanted ones; guard has failed unless it refuses more of these other
-regexes than nearest, guard_counts and guard_untrained; in every seed.
+    clusters            train it to refuse all instructions in unwanted clusters of its states
+    guard               do not train it, refuse what is nearest to an unwanted cluster
+    guard_half          the same, with half as many clusters as tasks; guard_twice: twice as many
+    guard_auto          the same, with as many clusters as the silhouette suggests
+    guard_counts        the same, with clusters of letter counts
+    guard_untrained     the same, with clusters of an untrained network's states
+    nearest             do not train it, refuse what is nearer to a labelled than to any wanted instruction
+`clusters` fails if it refuses no more of the unwanted tasks' other regexes than `labels`, or loses more than
+TOLERANCE of the wanted answers against it. `guard` fails if it refuses no more of these regexes than
+`nearest`, `guard_counts` and `guard_untrained`. Either has to succeed in every seed.
 """
 import contextlib
 import math
@@ -43,19 +46,18 @@ from probe import choose_k, kmeans, knn, probe, silhouette, surface
 from train import (CAPTURED, Config, make_model, observe, pick_device, read_data, load_model, read_rows,
                    train, write_rows)
 
-QUICK = dict(n_tasks=8, n_distributions=2, n_layer=2, n_head=2, n_embd=32, n_val=4, batch_size=64, steps=200,
-             lr=0.006, muon_lr=0.04)
+QUICK = dict(n_tasks=8, n_distributions=2, n_layer=2, n_head=2, n_embd=32, n_val=4, batch_size=64, steps=200)
 
 
 def run_arm(cfg, data=None):
-    """Train a run, or go on with it if it is there; one line stands in for what `train` prints."""
+    """Train a run, or go on with it if it is there, and print one line in place of what `train` prints."""
     print(f"training {cfg.out}", flush=True)
     with contextlib.redirect_stdout(None):
         return train(cfg, resume=Path(cfg.out, "config.json").exists(), data=data)
 
 
 def as_rows(about, numbers):
-    """A row for each of numbers, measure -> value."""
+    """One row for each item of numbers, measure -> value."""
     return [{**about, "measure": measure, "value": value} for measure, value in numbers.items()]
 
 
@@ -85,7 +87,10 @@ def print_table(title, rows, across):
 
 
 def count_wins(rows, one, other, margin=0):
-    """"k of n": in how many seeds is the value of arm `one` above that of `other` by more than a margin?"""
+    """Say in how many seeds, "k of n", arm `one` is above arm `other` by more than a margin.
+
+    The value None, a level that was never reached, counts as infinite.
+    """
     values = {(row["arm"], row["seed"]): math.inf if row["value"] is None else row["value"] for row in rows}
     seeds = {seed for _, seed in values}
     wins = [seed for seed in seeds if values[one, seed] > values[other, seed] + margin]
@@ -94,38 +99,37 @@ def count_wins(rows, one, other, margin=0):
 
 # ---------------------------------------------------------------- pre-training
 
-STRATEGIES = {      # what a network is taught before the tasks; one more line adds one
+STRATEGIES = {      # what a network is taught first; one more line adds one, its name in plot.py draws it
     "scratch": None,
     "lm": dict(asks_for="nothing"),
     "task_id": dict(asks_for="task"),
     "shuffled_id": dict(asks_for="task", shuffle_tasks=True),
 }
-TUNED = dict(n_val=4, batch_size=96, lr=0.012, muon_lr=0.08)       # on other seeds, for every strategy alike
+TUNED = dict(n_val=4, batch_size=96, lr=0.012, muon_lr=0.08)       # on seeds 10 to 14, the same for all
 PRETRAIN = dict(TUNED, steps=160, n_captures=8)
 FINE_TUNE = dict(TUNED, steps=240, n_captures=16)
-TAUGHT = 20, 4      # training instructions per regex in fine-tuning: all, and a fifth; pre-training has all
+N_TRAIN = 20, 4     # training instructions per regex, in pre-training and in fine-tuning: many, and a few
 
 
 def pretrain(out, seeds, small):
-    """Pre-train by every strategy, then teach the tasks with all and with a fifth of the instructions.
+    """Pre-train by every strategy, then teach the tasks; once with many and once with few instructions.
 
-    All strategies read the same instructions, in as many steps; `lm` reads no inputs, the others learn a name
-    in place of the output. The run `task_id` is probed, too (figure 5a). Returns rows: seed, arm (the
-    strategy), n_train (instructions per regex), measure, value; of the learning curves also step.
-    small: knobs of a small demo, or {}.
+    All strategies read the same instructions in as many steps. The run of task_id with many instructions is
+    probed, too (figure 5a). Returns rows: seed, arm (the strategy), n_train, measure, value; of the learning
+    curves also step. small: knobs of a small demo, or {}.
     """
     rows = []
     for seed in seeds:
-        for strategy, taught in STRATEGIES.items():
-            here = f"{out}/seed{seed}/{strategy}"
-            start = ""
-            if taught is not None:
-                knobs = PRETRAIN | small | taught
-                start = str(run_arm(Config(**knobs, seed=seed, n_train=max(TAUGHT), out=here)))
-                if strategy == "task_id" and not Path(start, "probe.jsonl").exists():
-                    probe(start)
-            for n in TAUGHT:
-                cfg = Config(**FINE_TUNE | small, seed=seed, n_train=n, start=start, out=f"{here}-{n}")
+        for strategy, knobs in STRATEGIES.items():
+            for n in N_TRAIN:
+                here = f"{out}/seed{seed}/{strategy}-{n}"
+                start = ""
+                if knobs is not None:
+                    cfg = Config(**PRETRAIN | small | knobs, seed=seed, n_train=n, out=f"{here}-first")
+                    start = str(run_arm(cfg))
+                    if (strategy, n) == ("task_id", N_TRAIN[0]) and not Path(start, "probe.jsonl").exists():
+                        probe(start)
+                cfg = Config(**FINE_TUNE | small, seed=seed, n_train=n, start=start, out=here)
                 curve = read_rows(run_arm(cfg) / "metrics.jsonl")
                 about = {"seed": seed, "arm": strategy, "n_train": n}
                 for row in curve:
@@ -137,7 +141,7 @@ def pretrain(out, seeds, small):
 
 
 def step_to(level, curve):
-    """The step at which val accuracy reaches a level, on the line between evaluations; None if never."""
+    """The step at which val accuracy reaches a level, interpolated between evaluations; None if never."""
     before = curve[0]
     for row in curve:
         if row["acc_val"] >= level:
@@ -147,30 +151,31 @@ def step_to(level, curve):
 
 
 def print_pretrain(out, rows):
-    """Print what the curves of figure 5b come to, and the clusters of figure 5a."""
-    for n in TAUGHT:
+    """Print what figure 5b comes to, whether task_id is sooner than the others, and figure 5a in short."""
+    for n in N_TRAIN:
         ends = select(rows, n_train=n, step=None)
         print_table(f"Taught the tasks with {n} instructions per regex", ends, "measure")
         for level in "step to 0.5", "step to 0.9":
-            curves = select(ends, measure=level)
-            wins = (f"{other} in {count_wins(curves, other, 'task_id')}"
+            steps = select(ends, measure=level)
+            wins = (f"{other} in {count_wins(steps, other, 'task_id')}"
                     for other in STRATEGIES if other != "task_id")
             print(f"{level}: task_id is sooner than {', '.join(wins)} seeds")
-    probed = [{**row, "arm": row["position"]} for path in out.glob("seed*/task_id/probe.jsonl")
-              for row in read_rows(path)]
-    last = max(row["step"] for row in probed)
+    probed = []
+    for seed in dict.fromkeys(row["seed"] for row in rows):
+        probed += read_rows(f"{out}/seed{seed}/task_id-{N_TRAIN[0]}-first/probe.jsonl")
+    f1 = select(probed, split="val", view="raw", identity="task", measure="f1", step=probed[-1]["step"])
     print_table("Once it can name tasks: pairwise F1 of task on val, by layer",
-                select(probed, step=last, split="val", identity="task", measure="f1"), "layer")
+                [{**row, "arm": row["position"]} for row in f1], "layer")
 
 
 # ---------------------------------------------------------------- alignment
 
-REFUSE = "<refuse>"             # the output that is taught
+REFUSE = "<refuse>"             # the output that means a refusal
 BUDGETS = 1, 2, 4, 8, 16        # b, labelled instructions of each unwanted task
 BASE = dict(n_val=6, n_captures=1)
-ALIGN = dict(n_val=6, batch_size=64, steps=200, n_captures=1, lr=7.5e-4, muon_lr=0.005)   # tuned like TUNED
-REHEARSED = 5                   # instructions of each regex of a wanted task that are known to be wanted
-TOLERANCE = 0.01                # of the wanted answers may be lost
+ALIGN = dict(n_val=6, batch_size=64, steps=200, n_captures=1, lr=7.5e-4, muon_lr=0.005)   # seeds 10 to 14
+REHEARSED = 5                   # instructions per regex of a wanted task, known to be wanted
+TOLERANCE = 0.01                # share of the wanted answers that `clusters` may lose against `labels`
 MEASURED = {                    # shares of instances that are refused, or answered right
     "refused_labelled": "unwanted, of the regex that was labelled (val)",
     "refused_other": "unwanted, of the task's other regexes (val)",
@@ -181,16 +186,16 @@ MEASURED = {                    # shares of instances that are refused, or answe
 
 
 class Case(NamedTuple):
-    """One seed's problem: a trained network, which tasks are unwanted, what is known of its instructions.
+    """One seed's problem: a trained network, which tasks are unwanted, and what is known beforehand.
 
-    The n instructions of `train` are numbered as their states at `instruction` are.
+    Instruction i is row i of the states of `train` at `instruction`.
     """
     seed: int
     run: Path
     data: Dataset
     unwanted: list              # tasks
     pools: list                 # for each of them, the instructions of one regex: these may be labelled
-    rehearsed: list             # instructions of the wanted tasks: that they are wanted is known
+    rehearsed: list             # instructions of the wanted tasks that are known to be wanted
 
 
 def make_case(cfg):
@@ -202,7 +207,7 @@ def make_case(cfg):
     pools = []
     rehearsed = []
     for t in range(cfg.n_tasks):
-        # the instructions of each regex, which were drawn in random order
+        # the instructions of each regex; they were drawn in random order, so the first ones are a sample
         regexes = [np.flatnonzero(ids["distribution"] == regex).tolist()
                    for regex in np.unique(ids["distribution"][ids["task"] == t])]
         if t in unwanted:
@@ -213,10 +218,10 @@ def make_case(cfg):
 
 
 def find_clusters(states, k, seed):
-    """Cluster the split `train` of states, split -> (layers, n, C), in the layer of the best silhouette.
+    """k-means on the states of `train`, in the layer that gives the best silhouette.
 
-    k None: as many clusters as choose_k finds there. Returns k, the layer, and split -> (n,), which cluster's
-    centroid is nearest.
+    states: split -> (layers, n, C); k None: the choice of choose_k in each layer. Returns k, the layer, and
+    split -> (n,), the number of the nearest centroid.
     """
     best = -1
     for layer, x in enumerate(states["train"]):
@@ -230,10 +235,9 @@ def find_clusters(states, k, seed):
 
 
 def unwanted_clusters(clusters, case, labelled):
-    """(k,) bool: does a cluster hold more of the unwanted tasks than of the wanted ones, as far as is known?
+    """(k,) bool: which clusters hold more of the unwanted tasks than of the wanted ones, as far as known?
 
-    clusters (n,) of `train`. Either kind counts by its number of tasks, not by how many of its instructions
-    are known.
+    clusters (n,) of `train`. A task counts as 1, shared out over those of its instructions that are known.
     """
     k = clusters.max() + 1
     bad = np.bincount(clusters[labelled], minlength=k)
@@ -243,21 +247,21 @@ def unwanted_clusters(clusters, case, labelled):
     return bad * n_bad / bad.sum() > good * n_good / good.sum()
 
 
-def refusing(case, refuse):
-    """What an aligned network is taught: to refuse a set of instructions, and to answer the rehearsed ones.
+def make_refusals(case, refuse):
+    """The Dataset that teaches to refuse a set of instructions and to answer the rehearsed ones.
 
-    Splits val and ood are as they were; in val_refused and ood_refused every output is a refusal.
+    The other splits are as they were; in val_refused and ood_refused every output is a refusal.
     """
-    train = case.data.splits["train"]
+    split = case.data.splits["train"]
     wanted = []
     refused = []
-    for x, i in zip(train.instances, train.state_of("instruction")):
+    for x, i in zip(split.instances, split.state_of("instruction")):
         if i in case.rehearsed:
             wanted.append(x)
         if i in refuse:
             refused.append(x._replace(output=REFUSE))
     drawn = random.Random(f"{case.seed}/refused").choices(refused, k=len(wanted))
-    instances = {"train": wanted + sorted(drawn)}               # those of one instruction are adjacent
+    instances = {"train": wanted + sorted(drawn)}           # encode wants those of an instruction adjacent
     instances |= {name: case.data.splits[name].instances for name in CAPTURED}
     for name in "val", "ood":
         instances[f"{name}_refused"] = [x._replace(output=REFUSE) for x in instances[name]]
@@ -265,9 +269,9 @@ def refusing(case, refuse):
 
 
 def outcome(case, arm, b, right, refused):
-    """Rows of MEASURED: what an arm refuses, by kind, and how many of the wanted it answers right.
+    """Rows of MEASURED: what shares of instances an arm refuses, and of the wanted ones answers right.
 
-    right (N,) bool: which of val are answered right unless refused; refused: "val", "ood" -> (N,) bool.
+    right (N,) bool: which of val are answered right if not refused; refused: "val", "ood" -> (N,) bool.
     """
     val, ood = (case.data.splits[name].identities for name in ("val", "ood"))
     regex = case.data.splits["train"].labels("instruction")["distribution"]
@@ -286,8 +290,8 @@ def outcome(case, arm, b, right, refused):
 def align(out, seeds, small):
     """Make each seed's network refuse a quarter of its tasks, by every arm and for every b.
 
-    Returns rows: seed, arm, b, measure (of MEASURED), value; and k and layer of the arms that cluster. Arm
-    `base` is the network as it was. small: knobs of a small demo, or {}.
+    Returns rows: seed, arm, b, measure (of MEASURED), value; and of the arms that cluster, k and best_layer.
+    Arm `base` is the network as it was. small: knobs of a small demo, or {}.
     """
     rows = []
     for seed in seeds:
@@ -295,31 +299,31 @@ def align(out, seeds, small):
         case = make_case(cfg)
         splits = {name: case.data.splits[name] for name in ("train", "val", "ood")}
 
-        # cluster what the network makes of instructions, what an untrained one does, and their letters
+        # cluster instructions by the states of the network and of an untrained one, and by their letters
         base = load_model(case.run, case.data)
         right = observe(base, splits["val"])[0]
-        untrained = make_model(cfg, case.data).to(pick_device())
-        seen, unseen = ({name: torch.from_numpy(observe(model, split)[1]["instruction"]).double()
-                         for name, split in splits.items()} for model in (base, untrained))
+        other = make_model(cfg, case.data).to(pick_device())
+        trained, untrained = ({name: torch.from_numpy(observe(model, split)[1]["instruction"]).double()
+                         for name, split in splits.items()} for model in (base, other))
         texts = {name: [split.instances[i].instruction for i in split.positions["instruction"][0]]
                  for name, split in splits.items()}
         letters = {name: counts[None] for name, counts in surface(texts).items()}
         k = cfg.n_tasks
-        found = {"guard": find_clusters(seen, k, seed),
-                 "guard_half": find_clusters(seen, k // 2, seed),
-                 "guard_twice": find_clusters(seen, 2 * k, seed),
-                 "guard_auto": find_clusters(seen, None, seed),
+        found = {"guard": find_clusters(trained, k, seed),
+                 "guard_half": find_clusters(trained, k // 2, seed),
+                 "guard_twice": find_clusters(trained, 2 * k, seed),
+                 "guard_auto": find_clusters(trained, None, seed),
                  "guard_counts": find_clusters(letters, k, seed),
-                 "guard_untrained": find_clusters(unseen, k, seed)}
+                 "guard_untrained": find_clusters(untrained, k, seed)}
         for arm, (size, layer, _) in found.items():
-            rows += as_rows({"seed": seed, "arm": arm}, {"k": size, "layer": layer})
+            rows += as_rows({"seed": seed, "arm": arm}, {"k": size, "best_layer": layer})
 
         for b in (1, 4) if small else BUDGETS:
             # without training: refuse what is in an unwanted cluster, or nearest to a labelled instruction
             labelled = [i for pool in case.pools for i in pool[:b]]
             known = [*labelled, *case.rehearsed]
             layer = found["guard"][1]
-            x = {split: states[layer] for split, states in seen.items()}
+            x = {split: states[layer] for split, states in trained.items()}
             refuse = {"base": {split: np.zeros(len(x[split]), bool) for split in x},
                       "nearest": {split: knn(x["train"][known], x[split], 1)[:, 0].numpy() < len(labelled)
                                   for split in x}}
@@ -330,10 +334,10 @@ def align(out, seeds, small):
                 refused = {split: of[split][splits[split].state_of("instruction")] for split in of}
                 rows += outcome(case, arm, b, right, refused)
 
-            # train the network to refuse what was labelled, or all of its clusters
+            # with training: refuse what is labelled, or all that is in an unwanted cluster
             members = np.flatnonzero(refuse["guard"]["train"])
             for arm, some in {"labels": labelled, "clusters": [*labelled, *members]}.items():
-                data = refusing(case, {*some} - {*case.rehearsed})
+                data = make_refusals(case, {*some} - {*case.rehearsed})
                 cfg = Config(**ALIGN | small, seed=seed, start=str(case.run),
                              out=f"{out}/seed{seed}/{arm}-{b}")
                 model = load_model(run_arm(cfg, data), data)
@@ -345,25 +349,24 @@ def align(out, seeds, small):
 
 
 def print_align(rows):
-    """Print what every arm refuses and keeps, and whether that is more than its controls do."""
+    """Print what every arm refuses and keeps, and in how many seeds it does so better than its controls."""
     budgets = sorted({row["b"] for row in select(rows, measure="accuracy")})
     print_table(f"Shares of instances with b = {budgets[0]} labelled instructions per unwanted task",
-                [row for row in select(rows, b=budgets[0]) if row["measure"] in MEASURED], "measure")
+                select(rows, b=budgets[0]), "measure")
     for measure, title in MEASURED.items():
         print(f"{measure}: {title}")
     for measure in "refused_other", "accuracy":
         print_table(f"{measure}, by b", select(rows, measure=measure), "b")
-    print_table("Clusters, and the layer they are found in",
-                select(rows, b=None), "measure")
+    print_table("Clusters, and the layer they are found in", select(rows, b=None), "measure")
     print()
     for b in budgets:
         other, right = (select(rows, b=b, measure=measure) for measure in ("refused_other", "accuracy"))
-        print(f"b = {b}: clusters refuses more of the other regexes than labels in "
+        print(f"b = {b}: `clusters` refuses more of the other regexes than `labels` in "
               f"{count_wins(other, 'clusters', 'labels')} seeds,\n    and loses over {TOLERANCE} of the "
-              f"wanted answers in {count_wins(right, 'labels', 'clusters', TOLERANCE)}")
+              f"wanted answers against it in {count_wins(right, 'labels', 'clusters', TOLERANCE)}")
         controls = "nearest", "guard_counts", "guard_untrained"
-        print("    guard refuses more of them than " + ", ".join(
-            f"{control} in {count_wins(other, 'guard', control)}" for control in controls))
+        print("    `guard` refuses more of them than " + ", ".join(
+            f"`{control}` in {count_wins(other, 'guard', control)}" for control in controls) + " seeds")
 
 
 def main():

@@ -5,8 +5,8 @@
     python plot.py runs/s0 runs/s1 runs/s2    runs that differ in their seeds: means, and their range
     python plot.py runs/pretrain              a demo of apply.py
 
-Lines are means over runs, with their range. Grey is chance: the best of 20 random relabellings. Colours are
-those of Okabe & Ito (2008), which colour-blind people can tell apart.
+Lines are means over runs, with their range. Grey is where chance gets, the best of 20 random relabellings.
+Colours of arms are those of Okabe & Ito (2008), which colour-blind people can tell apart.
 """
 import io
 import os
@@ -29,7 +29,7 @@ except ImportError:                         # main says so
 
 from apply import select
 from data import Flags, Regex, command_line
-from probe import (LOWER, find_overlaps, means, normalise, numbered, read_labels, read_states)
+from probe import LOWER, find_overlaps, is_beyond, means, normalise, numbered, read_labels, read_states
 from train import read_config, read_data, read_rows
 
 STYLE = {"axes.titlesize": "medium",
@@ -70,7 +70,7 @@ def read_run(run):
 
 
 def curve(rows, x, number="value"):
-    """The values of x in rows, ascending, and mean, lowest and highest of the numbers at each; all (n,)."""
+    """The values of x in rows, ascending, and mean, least and largest of the numbers at each; all (n,)."""
     found = defaultdict(list)
     for row in rows:
         found[row[x]].append(row.get(number))
@@ -90,13 +90,12 @@ def draw_lines(ax, rows, x, by, names, colors=COLORS):
 
 
 def shade_chance(ax, rows, x):
-    """Shade what chance reaches; over steps, in the layer above the embedding where it reaches most."""
-    above = [row for row in rows if row["layer"] > 0]
+    """Shade what chance reaches; over steps, in the layer where it reaches most."""
     nulls = {"regrouped_95": "regexes regrouped", "null_95": "labels permuted"}
     for (null, label), alpha in zip(nulls.items(), (0.3, 0.5)):
-        at, _, low, high = curve(above, x, null)
+        at, _, low, high = curve([row for row in rows if row.get(null) is not None], x, null)
         edge, far = (low, 99) if rows[0]["measure"] in LOWER else (high, 0)
-        ax.fill_between(at, edge, far, color="0.5", alpha=alpha, zorder=0, label=f"chance: {label}")
+        ax.fill_between(at, edge, far, color="0.5", alpha=alpha, label=f"chance: {label}")
 
 
 def draw_panels(title, ylabel, panels, x, by, names, colors=COLORS, ylim=(-0.03, 1.03), shade=False):
@@ -115,7 +114,7 @@ def draw_panels(title, ylabel, panels, x, by, names, colors=COLORS, ylim=(-0.03,
 
 
 def name_layers(layers):
-    """layer -> label, and a colour for each, to be seen on white and on black."""
+    """layer -> label, and a colour for each, visible on white and on black."""
     names = {layer: f"layer {layer}{' (embedding)' * (layer == 0)}" for layer in layers}
     return names, matplotlib.colormaps["cool"].resampled(len(layers))(range(len(layers)))
 
@@ -124,7 +123,7 @@ def name_layers(layers):
 
 
 def order_tasks(overlap):
-    """The K tasks in a chain: after each comes the one, of those left, that has most in common with it.
+    """The K tasks in a chain from task 0: next comes, of those left, the one most similar to the last.
 
     overlap (K, K): how much two tasks have in common.
     """
@@ -136,7 +135,7 @@ def order_tasks(overlap):
 
 
 def sort_states(folder, steps, name, identity):
-    """States (S, L + 1, N, C) of split/position, sorted by an identity, with similar tasks side by side."""
+    """States (S, L + 1, N, C) of split/position with N sorted by an identity, similar tasks together."""
     labels = read_labels(folder)
     ids = {key: numbered(of) for key, of in labels[name].items()}
     shared = find_overlaps(labels, {}, name)
@@ -147,7 +146,7 @@ def sort_states(folder, steps, name, identity):
 
 
 def show_cosines(ax, x, title, n=480):
-    """Show the cosines between centred states x (N, C); of more than n states, the means of n x n blocks."""
+    """Show the cosines between centred states x (N, C); if N > n, the means of n x n blocks."""
     x = F.normalize(normalise(x), dim=1)
     n = min(n, len(x))
     x = means(x, np.arange(len(x)) * n // len(x))
@@ -177,8 +176,8 @@ def draw_hero(run, rows):
     fig.text(0.02, 0.88,
              f"{N} instructions that a small Transformer never saw, each against each, sorted by their "
              f"{len(tasks)} tasks.\n"
-             "Bright: its states after reading the two are alike. Black: cosine 0 or less.")
-    upper, lower = fig.subplots(2, 4)
+             "Bright: the network's states after the two are alike. Black: cosine 0 or less.")
+    upper, lower = fig.subplots(2, 4, subplot_kw={"xticks": [], "yticks": []})
 
     # the top layer, at four steps where accuracy moves
     moves = {min(steps, key=lambda step: abs(right[step] - level)) for level in (0, 0.3, 0.65, 1)}
@@ -195,13 +194,11 @@ def draw_hero(run, rows):
     lower[0].set_ylabel(f"step {steps[-1]}, lower layers")
 
     # no network: what tasks have in common
-    rsa, = select(rows, step=steps[-1], layer=top, **TASK_F1 | {"measure": "rsa", "identity": "input"})
     ax = lower[3]
     ax.imshow(shared[tasks][:, tasks], cmap="bone")
-    ax.set(xticks=[],
-           yticks=[],
-           title="no network: how many\ninputs two tasks share",
-           xlabel=f"white: all. Correlation with layer {top}: {rsa['value']:.2f}")
+    ax.set_title("no network: how many\ninputs two tasks share")
+    for row in select(rows, step=steps[-1], layer=top, **TASK_F1 | {"measure": "rsa", "identity": "input"}):
+        ax.set_xlabel(f"white: all. Correlation with layer {top}: {row['value'] or 0:.2f}")
     yield "hero", fig
 
 
@@ -272,7 +269,7 @@ def draw_data(data, max_len):
             "and instructions (the last regex is held out):",
             ""]
     for pattern in [*task.distributions, task.held_out]:
-        strings = Regex(pattern, max_len).sample(3, random.Random(0))
+        strings = Regex(pattern, max_len).sample(3, random.Random(0), unique=False)
         text += [pattern, *(f"    {string}" for string in strings), ""]
     fig = Figure(figsize=(10, 0.25 * len(text)))
     left, right = fig.subplots(1, 2, width_ratios=(0.8, 1))
@@ -288,7 +285,7 @@ def draw_data(data, max_len):
         for i, t in enumerate(order):
             for word, output in data.tasks[t].map.items():
                 right.text(inputs.index(word), i, output, ha="center", va="center", size=7)
-    right.set(xlabel="input", yticks=[], ylabel="tasks, similar ones side by side",
+    right.set(xlabel="input", yticks=[], ylabel="tasks, similar ones adjacent",
               title=f"Outputs of {len(order)} tasks (first row: the task at the left)")
     yield "data", fig
 
@@ -338,7 +335,7 @@ def draw_measures(rows):
             "layer",
             names,
             colors,
-            ylim=(-0.1, 6 if measure == "nc1" else 1.1),
+            ylim=(None, 6 if measure == "nc1" else 1.2),
             shade=True)
 
 
@@ -359,7 +356,7 @@ def draw_patch(rows):
     for position in dict.fromkeys(row["position"] for row in rows):
         panels = {title: select(rows, measure=share, position=position) for share, title in shares.items()}
         yield f"patch_{position}", draw_panels(
-            f"In one layer, the state at the {position} becomes another one: what changes?",
+            f"What changes if states of one layer are replaced? ({position})",
             "share, or probability",
             panels,
             "layer",
@@ -429,14 +426,14 @@ def draw_align(rows):
 
 
 def group_runs(folders):
-    """Lists of folders to draw as one: runs that differ in their seeds only, or any other folder."""
+    """Lists of folders to draw as one: runs that differ in their seeds only; of equal runs, the first."""
     groups = defaultdict(dict)
     for folder in folders:
         cfg = {"seed": 0, "folder": folder}
         if (folder / "config.json").exists():
-            cfg = vars(read_config(folder)) | {"out": "", "start": ""}
+            cfg = vars(read_config(folder)) | {"out": ""}
         seed = cfg.pop("seed")
-        groups[str(cfg)].setdefault(seed, folder)
+        groups[str(cfg).replace(f"seed{seed}/", "")].setdefault(seed, folder)
     return [list(group.values()) for group in groups.values()]
 
 
@@ -446,7 +443,7 @@ def draw(runs, out):
     mine, *others = map(read_run, runs)
     rows = sum(others, mine)
     if not rows:
-        raise ValueError(f"{first}: there is nothing to draw: make train probe first")
+        raise ValueError(f"{first}: there is nothing to draw. Train and probe it first: make train probe")
     out.mkdir(parents=True, exist_ok=True)
     if "arm" in rows[0]:
         figures = draw_pretrain(rows) if "n_train" in rows[0] else draw_align(rows)
@@ -458,12 +455,14 @@ def draw(runs, out):
         figures += draw_training(rows)
         if cfg.asks_for == "output" and not cfg.shuffle_tasks:          # else it would be wrong
             figures += draw_data(data, cfg.max_len)
-            if any(row["value"] > 0.5 for row in select(mine, **TASK_F1)[-1:]):     # top layer, last step
+            top = select(mine, **TASK_F1)[-1:]                          # the last layer at the last step
+            if any(row["value"] > 0.5 and is_beyond(row) for row in top):
                 with matplotlib.rc_context(NIGHT):
                     figures += draw_hero(first, mine)
                     draw_film(first, mine, out / "hero.gif")
+    names = ", ".join(run.name for run in runs)
     for name, fig in figures:
-        fig.supxlabel("runs: " + ", ".join(run.name for run in runs), size=8, color="0.5")
+        fig.supxlabel(f"runs: {names}{' (matrices: the first)' * (len(runs) > 1)}", size=8, color="0.5")
         fig.savefig(out / f"{name}.png", dpi=130)
     print(f"the figures are in {out}")
 
@@ -476,7 +475,7 @@ def main():
     given = flags.parse_args()
     if matplotlib is None:
         raise ValueError("matplotlib is missing: make figures installs it")
-    found = sorted({path.parent for path in Path("runs").glob("*/*.jsonl")})
+    found = sorted({path.parent for path in Path("runs").glob("*/[amp]*.jsonl")})
     with warnings.catch_warnings(record=True) as caught, matplotlib.rc_context():
         matplotlib.rcdefaults()                                 # whatever the user has set
         matplotlib.rcParams.update(STYLE)

@@ -1823,15 +1823,15 @@ def test_slow_a_demo_has_a_row_for_every_arm_and_goes_on_without_training_again(
         assert all(row.keys() - {"step"} == measured | {"n_train"} for row in rows)
         points = len(train.capture_steps(train.Config(**{**apply.FINE_TUNE, **apply.QUICK})))
         assert Counter((row["arm"], row["n_train"], row["measure"]) for row in rows) == {
-            (arm, n, measure): times for arm in apply.STRATEGIES for n in apply.TAUGHT
+            (arm, n, measure): times for arm in apply.STRATEGIES for n in apply.N_TRAIN
             for measure, times in {"acc_val": points, "step to 0.5": 1, "step to 0.9": 1,
                                    "val at the end": 1}.items()}
-        probed = lines(out / "seed3" / "task_id" / "probe.jsonl")
+        probed = lines(out / "seed3" / "task_id-20-first" / "probe.jsonl")
         assert {row["measure"] for row in probed} == {*probe.MEASURES, *UNCLUSTERED}
     else:
         guards = {"guard", "guard_untrained", "guard_counts", "guard_half", "guard_twice", "guard_auto"}
         assert {(row["arm"], row["measure"]) for row in rows if "b" not in row} == {
-            *itertools.product(guards, ("k", "layer"))}
+            *itertools.product(guards, ("k", "best_layer"))}
         chosen = {row["arm"]: row["value"] for row in rows if row["measure"] == "k"}
         assert [chosen[arm] for arm in ("guard", "guard_half", "guard_twice", "guard_counts")] == [8, 4, 16, 8]
         shares = [row for row in rows if "b" in row]
@@ -1858,16 +1858,20 @@ def test_slow_arms_differ_in_what_they_are_about_only(demo):
         taught = sorted(runs.keys() - {"base"})
         assert len(taught) == 4 and alike(taught) and runs["labels-1"]["start"] == str(out / "seed3" / "base")
         return
-    first, *ids = apply.STRATEGIES
-    assert alike(ids, "asks_for", "shuffle_tasks") and runs["shuffled_id"]["shuffle_tasks"]
-    for n in apply.TAUGHT:
-        assert alike([f"{strategy}-{n}" for strategy in apply.STRATEGIES], "start")
-        assert runs[f"{first}-{n}"]["start"] == ""
-        for strategy in ids:                                    # it begins where the other ended
-            assert runs[f"{strategy}-{n}"]["start"] == str(out / "seed3" / strategy)
-    few, *rest = ({x.instruction for x in train.read_data(out / "seed3" / run).splits["train"].instances}
-                  for run in ["scratch-4", "scratch-20", *ids])
-    assert all(few < strings == rest[0] for strings in rest)    # and read no other strings
+    first, *others = apply.STRATEGIES
+    strings = {name: {split: {x.instruction for x in train.read_data(out / "seed3" / name).splits[split].instances}
+                      for split in ("train", "val")} for name in runs}
+    for n in apply.N_TRAIN:
+        before = [f"{strategy}-{n}-first" for strategy in others]
+        then = [f"{strategy}-{n}" for strategy in apply.STRATEGIES]
+        assert alike(before, "asks_for", "shuffle_tasks") and alike(then, "start")
+        assert [runs[name]["asks_for"] for name in before] == ["nothing", "task", "task"]
+        assert [runs[name]["shuffle_tasks"] for name in before] == [False, False, True]
+        starts = ["", *(str(out / "seed3" / name) for name in before)]      # it begins where the other ended
+        assert [runs[name]["start"] for name in then] == starts
+        assert all(strings[name] == strings[then[0]] for name in before + then)
+        assert not strings[then[0]]["train"] & strings[then[0]]["val"]      # val is unseen before and then
+    assert strings["scratch-4"]["train"] < strings["scratch-20"]["train"]
 
 
 def test_step_to_is_read_off_the_line_between_evaluations():
@@ -1994,7 +1998,7 @@ def test_outcome_equals_counting_instance_by_instance(case):
 
 def test_an_aligned_network_is_taught_what_was_chosen_and_nothing_else(case):
     chosen = {pool[0] for pool in case.pools}
-    d, rows = apply.refusing(case, chosen), case.data.splits["train"].positions["instruction"][0]
+    d, rows = apply.make_refusals(case, chosen), case.data.splits["train"].positions["instruction"][0]
     strings = [case.data.splits["train"].instances[row].instruction for row in rows]
     taught, told = Counter(), {x: None for x in case.data.splits["train"].instances}
     for x in d.splits["train"].instances:
@@ -2081,7 +2085,7 @@ def test_figures_show_the_numbers_of_the_files(run, tmp_path):
                 shown = [row["value"] for row in rows if (
                     row["measure"], row["identity"], row["position"], row["split"], row["layer"]) == (
                     measure, identity, position, split, layer)]
-                y = drawn_lines(ax)[f"layer {layer}"][1]
+                y = drawn_lines(ax)[f"layer {layer}" if layer else "layer 0 (embedding)"][1]
                 assert np.allclose(np.array(shown, float), y, equal_nan=True)
 
 

@@ -25,13 +25,13 @@ NULLS = "null_95", "regrouped_95"
 
 
 def is_kept(row, last):
-    """Is a row of probe.py kept? All others are, but for what rows are about and times."""
+    """Is a row of probe.py kept? Rows of other files are, except for what they are about and for times."""
     if "split" not in row:
         return row["measure"] not in ("seconds", "n", *ABOUT)
-    f1 = row["measure"] == "f1"
-    raw = row["view"] == "raw"
-    at_ends = row["step"] in (0, last) and row["split"] != "subset"
-    return f1 and raw and row["split"] != "ood" or at_ends and (f1 or raw)
+    raw_f1 = row["measure"] == "f1" and row["view"] == "raw"
+    if row["split"] == "subset" or row["step"] not in (0, last):
+        return raw_f1 and row["split"] != "ood"
+    return row["measure"] == "f1" or row["view"] == "raw"
 
 
 def main():
@@ -43,23 +43,31 @@ def main():
 
     found = defaultdict(dict)               # what a row is about -> seed -> row
     for run in given.runs:
-        seed = read_config(run).seed if (run / "config.json").exists() else None
+        seed = read_config(run).seed if (run / "config.json").exists() else 0
         rows = read_run(run)
+        if not rows:
+            raise ValueError(f"{run}: there are no numbers, train and probe it first")
         last = max(row.get("step", 0) for row in rows)
         for row in rows:
+            by_seed = found[tuple(row.get(key) for key in ABOUT)]
+            own = row.get("seed", seed)
             if is_kept(row, last):
-                about = tuple(row.get(key) for key in ABOUT)
-                found[about][row.get("seed", seed)] = row
-    seeds = sorted({seed for rows in found.values() for seed in rows})
+                if own in by_seed:
+                    raise ValueError(f"{run}: another of these runs has seed {own}, too")
+                by_seed[own] = row
+    found = {about: by_seed for about, by_seed in found.items() if by_seed}
+    seeds = sorted({seed for by_seed in found.values() for seed in by_seed})
 
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow([*ABOUT, *NULLS, *(f"seed {seed}" for seed in seeds)])
-    for about, rows in found.items():
-        numbers = [[row[null] for row in rows.values() if row.get(null) is not None] for null in NULLS]
-        numbers = [np.mean(some) if some else None for some in numbers]
-        numbers += [rows[seed]["value"] if seed in rows else None for seed in seeds]
-        table.writerow([*about, *("" if x is None else f"{x:.5g}" for x in numbers)])
+    for about, by_seed in found.items():
+        cells = []
+        for null in NULLS:
+            values = [row[null] for row in by_seed.values() if row.get(null) is not None]
+            cells.append(np.mean(values) if values else None)
+        cells += [by_seed[seed]["value"] if seed in by_seed else None for seed in seeds]
+        table.writerow([*about, *("" if x is None else f"{x:.5g}" for x in cells)])
     Path(given.out).parent.mkdir(parents=True, exist_ok=True)
     write(given.out, text.getvalue())
     print(f"{len(found):,} numbers are in {given.out}")
