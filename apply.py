@@ -23,9 +23,10 @@ unwanted. Of the other tasks, REHEARSED instructions of each regex are known to 
     guard               do not train it, refuse what is nearest to an unwanted cluster
     guard_half          the same, with half as many clusters as tasks; guard_twice: twice as many
     guard_auto          the same, with as many clusters as the silhouette suggests
-    guard_counts        the same, with clusters of letter counts
+    guard_counts        the same, with clusters of counts of letters and bigrams
     guard_untrained     the same, with clusters of an untrained network's states
     nearest             do not train it, refuse what is nearer to a labelled than to any wanted instruction
+A clustering is done in the layer where its silhouette is best.
 `clusters` fails if it refuses no more of the unwanted tasks' other regexes than `labels`, or loses more than
 TOLERANCE of the wanted answers against it. `guard` fails if it refuses no more of these regexes than
 `nearest`, `guard_counts` and `guard_untrained`. Either has to succeed in every seed.

@@ -60,8 +60,9 @@ TASK_F1 = {"measure": "f1",
 def read_run(run):
     """Every number that a run or a demo has: rows with measure, value, and what they are about."""
     rows = []
-    for path in run.glob("*.jsonl"):
-        for row in read_rows(path):
+    for name in "metrics", "probe", "patch", "apply":
+        path = run / f"{name}.jsonl"
+        for row in read_rows(path) if path.exists() else []:
             if "measure" in row:
                 rows.append(row)
             else:                           # each of its numbers is a measure
@@ -91,18 +92,20 @@ def draw_lines(ax, rows, x, by, names, colors=COLORS):
 
 def shade_chance(ax, rows, x):
     """Shade what chance reaches; over steps, in the layer where it reaches most."""
-    nulls = {"regrouped_95": "regexes regrouped", "null_95": "labels permuted"}
-    for (null, label), alpha in zip(nulls.items(), (0.3, 0.5)):
-        at, _, low, high = curve([row for row in rows if row.get(null) is not None], x, null)
-        edge, far = (low, 99) if rows[0]["measure"] in LOWER else (high, 0)
-        ax.fill_between(at, edge, far, color="0.5", alpha=alpha, label=f"chance: {label}")
+    for null, label, alpha in (("regrouped_95", "chance: regexes regrouped", 0.3),
+                               ("null_95", "chance: labels permuted", 0.5)):
+        some = [row for row in rows if row.get(null) is not None]
+        if some:
+            at, _, low, high = curve(some, x, null)
+            edge, far = (low, 99) if some[0]["measure"] in LOWER else (high, 0)
+            ax.fill_between(at, edge, far, color="0.5", alpha=alpha, label=label)
 
 
 def draw_panels(title, ylabel, panels, x, by, names, colors=COLORS, ylim=(-0.03, 1.03), shade=False):
     """A figure with a panel for each of panels, title -> rows; the rest is as for draw_lines."""
     fig = Figure(figsize=(3 + 3 * len(panels), 3.2))
-    axes = fig.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for ax, (name, rows) in zip(axes, panels.items()):
+    axes = fig.subplots(1, len(panels), sharey=True, squeeze=False)
+    for ax, (name, rows) in zip(axes[0], panels.items()):
         draw_lines(ax, rows, x, by, names, colors)
         if shade:
             shade_chance(ax, rows, x)
@@ -115,7 +118,8 @@ def draw_panels(title, ylabel, panels, x, by, names, colors=COLORS, ylim=(-0.03,
 
 def name_layers(layers):
     """layer -> label, and a colour for each, visible on white and on black."""
-    names = {layer: f"layer {layer}{' (embedding)' * (layer == 0)}" for layer in layers}
+    # a legend leaves out labels that begin with _, so that it has at most ten
+    names = {layer: f"{'_' * (layer % (1 + len(layers) // 9) > 0)}layer {layer}" for layer in layers}
     return names, matplotlib.colormaps["cool"].resampled(len(layers))(range(len(layers)))
 
 
@@ -163,7 +167,7 @@ def draw_hero(run, rows):
     """How alike are the states of val's instructions? Through training, by layer, beside shared inputs."""
     f1 = {(row["step"], row["layer"]): show_score(row) for row in select(rows, **TASK_F1)}
     right = {row["step"]: row["value"] for row in select(rows, measure="acc_val")}
-    steps = sorted({step for step, _ in f1})
+    steps = sorted({step for step, _ in f1 if step in right})
     states = sort_states(run, steps, "val/instruction", "task")
     N = states.shape[2]
     top = states.shape[1] - 1
@@ -171,7 +175,7 @@ def draw_hero(run, rows):
     tasks = order_tasks(shared)
 
     fig = Figure(figsize=(11.5, 7.9))
-    fig.get_layout_engine().set(rect=(0, 0, 1, 0.86))
+    fig.get_layout_engine().set(rect=(0, 0, 0.98, 0.86))
     fig.text(0.02, 0.95, "No task is ever named, yet the network groups what it reads by task", size=18)
     fig.text(0.02, 0.88,
              f"{N} instructions that a small Transformer never saw, each against each, sorted by their "
@@ -198,7 +202,7 @@ def draw_hero(run, rows):
     ax.imshow(shared[tasks][:, tasks], cmap="bone")
     ax.set_title("no network: how many\ninputs two tasks share")
     for row in select(rows, step=steps[-1], layer=top, **TASK_F1 | {"measure": "rsa", "identity": "input"}):
-        ax.set_xlabel(f"white: all. Correlation with layer {top}: {row['value'] or 0:.2f}")
+        ax.set_xlabel(f"white: most. Correlation with layer {top}: {row['value'] or 0:.2f}")
     yield "hero", fig
 
 
@@ -206,7 +210,7 @@ def draw_film(run, rows, path):
     """Write a GIF, a frame per capture: the states of val's instructions, layer by layer, above F1 so far."""
     f1 = select(rows, **TASK_F1)
     right = {row["step"]: row["value"] for row in select(rows, measure="acc_val")}
-    steps = sorted({row["step"] for row in f1})
+    steps = sorted({row["step"] for row in f1} & {*right})
     states = sort_states(run, steps, "val/instruction", "task")
     layers = range(1, states.shape[1])[-4:]
     names, colors = name_layers(layers)
@@ -215,10 +219,9 @@ def draw_film(run, rows, path):
         so_far = [row for row in f1 if row["step"] <= step]
         fig = Figure(figsize=(8.4, 4.5))
         upper, lower = fig.subfigures(2, height_ratios=(1.4, 1))
-        upper.suptitle("No task is ever named, yet the network groups unseen instructions by task")
+        upper.suptitle("No task is named, yet states group by task (sorted by task; bright: two are alike)")
         for ax, layer in zip(upper.subplots(1, len(layers), squeeze=False)[0], layers):
             show_cosines(ax, x[layer], f"layer {layer}", 96)
-        ax.set_xlabel("sorted by task; bright: alike")
         ax = lower.subplots()
         draw_lines(ax, so_far, "step", "layer", names, colors)
         shade_chance(ax, so_far, "step")
@@ -248,11 +251,11 @@ def draw_similarity(folder, rows):
         scores = select(f1, position=position, identity=identity)
         states = sort_states(folder, [scores[-1]["step"]], f"val/{position}", identity)[0]
         scores = scores[-len(states):]
-        layers = range(len(states) - 1, 0, -max(1, len(states) // 6))[::-1]         # about six of them
+        layers = range(1, len(states))[::1 + len(states) // 8]              # at most eight
         fig = Figure(figsize=(2.2 * len(layers), 3))
         for ax, layer in zip(fig.subplots(1, len(layers), squeeze=False)[0], layers):
             show_cosines(ax, states[layer], f"layer {layer}\n{show_score(scores[layer])}")
-        fig.suptitle(f"States at the {position}, last step, sorted by {identity}. Bright: two are alike")
+        fig.suptitle(f"States at {position}, step {scores[0]['step']}, sorted by {identity}. Bright: alike")
         yield f"similarity_{position}_{identity}", fig
 
 
@@ -280,7 +283,7 @@ def draw_data(data, max_len):
     has = np.array([[word in task.map for word in inputs] for task in data.tasks], int)
     order = order_tasks(has @ has.T)
     right.imshow(has[order], cmap="Blues", vmax=4, aspect="auto")
-    if len(inputs) <= 20:
+    if has.size <= 400:
         right.set_xticks(range(len(inputs)), inputs)
         for i, t in enumerate(order):
             for word, output in data.tasks[t].map.items():
@@ -410,8 +413,7 @@ def draw_align(rows):
     arms |= others
     fewest = min(row["b"] for row in rows if "b" in row)
     fig = Figure(figsize=(10, 3.4))
-    axes = fig.subplots(1, len(panels), sharey=True)
-    for ax, (title, some) in zip(axes, panels.items()):
+    for ax, (title, some) in zip(fig.subplots(1, len(panels), sharey=True), panels.items()):
         for y, (arm, color) in enumerate(zip(arms, [*COLORS[:4], *["0.5"] * 5])):
             shares = [row["value"] for row in select(some, arm=arm, b=fewest)]
             ax.plot(shares, [y] * len(shares), "o-", color=color)
@@ -426,14 +428,17 @@ def draw_align(rows):
 
 
 def group_runs(folders):
-    """Lists of folders to draw as one: runs that differ in their seeds only; of equal runs, the first."""
+    """Lists of folders to draw as one: runs that differ in their seeds only, or any other folder."""
     groups = defaultdict(dict)
     for folder in folders:
         cfg = {"seed": 0, "folder": folder}
         if (folder / "config.json").exists():
             cfg = vars(read_config(folder)) | {"out": ""}
         seed = cfg.pop("seed")
-        groups[str(cfg).replace(f"seed{seed}/", "")].setdefault(seed, folder)
+        key = str(cfg).replace(f"seed{seed}/", "")              # a run may start from one of its seed
+        while seed in groups[key]:
+            key += "again"
+        groups[key][seed] = folder
     return [list(group.values()) for group in groups.values()]
 
 
@@ -455,14 +460,14 @@ def draw(runs, out):
         figures += draw_training(rows)
         if cfg.asks_for == "output" and not cfg.shuffle_tasks:          # else it would be wrong
             figures += draw_data(data, cfg.max_len)
-            top = select(mine, **TASK_F1)[-1:]                          # the last layer at the last step
-            if any(row["value"] > 0.5 and is_beyond(row) for row in top):
+            # are there clusters in the top layer, at the last step?
+            if any(row["value"] > 0.5 and is_beyond(row) for row in select(mine, **TASK_F1)[-1:]):
                 with matplotlib.rc_context(NIGHT):
                     figures += draw_hero(first, mine)
                     draw_film(first, mine, out / "hero.gif")
-    names = ", ".join(run.name for run in runs)
     for name, fig in figures:
-        fig.supxlabel(f"runs: {names}{' (matrices: the first)' * (len(runs) > 1)}", size=8, color="0.5")
+        about = f"{', '.join(run.name for run in runs)}{' (matrices: the first)' * (len(runs) > 1)}"
+        fig.supxlabel(f"runs: {about}", size=8, color="0.5")
         fig.savefig(out / f"{name}.png", dpi=130)
     print(f"the figures are in {out}")
 

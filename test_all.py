@@ -2085,7 +2085,7 @@ def test_figures_show_the_numbers_of_the_files(run, tmp_path):
                 shown = [row["value"] for row in rows if (
                     row["measure"], row["identity"], row["position"], row["split"], row["layer"]) == (
                     measure, identity, position, split, layer)]
-                y = drawn_lines(ax)[f"layer {layer}" if layer else "layer 0 (embedding)"][1]
+                y = drawn_lines(ax)[f"layer {layer}"][1]
                 assert np.allclose(np.array(shown, float), y, equal_nan=True)
 
 
@@ -2146,6 +2146,31 @@ def test_runs_that_differ_in_their_seeds_only_are_drawn_as_one(run, tmp_path):
         others.append(tmp_path / name)
     a, b, c, d = others
     assert plot.group_runs([*others, tmp_path]) == [[a, b, c], [d], [tmp_path]]
+    assert plot.group_runs([a, a, b]) == [[a, b], [a]]          # equal runs are drawn, too
+    (d / "config.json").write_text(json.dumps({**cfg, "seed": 7, "start": "demo/seed7/task_id"}))
+    (c / "config.json").write_text(json.dumps({**cfg, "seed": 8, "start": "demo/seed8/task_id"}))
+    (a / "config.json").write_text(json.dumps({**cfg, "seed": 9, "start": "demo/seed9/scratch"}))
+    assert plot.group_runs([a, c, d]) == [[a], [c, d]]
+
+
+def test_slow_the_examples_measure_what_the_files_say(run, tmp_path):
+    probe.probe(shutil.copytree(run, tmp_path / "run"))
+    command = [sys.executable, str(HERE / "examples" / "table.py"), "--out", "out/t.csv", "run"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    with open(tmp_path / "out" / "t.csv", encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    about = "measure", "position", "identity", "split", "view", "layer", "step"
+    rows = {tuple(str(row.get(key, "")) for key in about): row for row in lines(tmp_path / "run" / "probe.jsonl")}
+    scores = [row for row in table if row["split"]]
+    assert len(scores) > 300 and {"loss", "acc_val"} < {row["measure"] for row in table}
+    for row in scores:
+        one = rows[tuple(row[key] for key in about)]
+        for name, column in ("value", "seed 0"), ("null_95", "null_95"), ("regrouped_95", "regrouped_95"):
+            expected = one.get(name)
+            assert (row[column] == "" if expected is None else
+                    float(row[column]) == pytest.approx(expected, rel=1e-3, abs=1e-6))
+    twice = subprocess.run([*command, "run"], cwd=tmp_path, capture_output=True, text=True)
+    assert twice.returncode == 2 and twice.stderr == "error: run: another of these runs has seed 0, too\n"
 
 
 @drawn

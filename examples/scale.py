@@ -34,6 +34,7 @@ def run_size(out, seed, n_tasks, knobs):
     metrics = read_rows(run / "metrics.jsonl")
     f1 = select(read_rows(run / "probe.jsonl"), step=cfg.steps, **plot.TASK_F1)
     numbers = {f"F1, layer {row['layer']}": row["value"] for row in f1}
+    numbers["chance, top layer"] = f1[-1]["regrouped_95"]
     numbers |= {"accuracy on val": metrics[-1]["acc_val"], "steps to 0.9": step_to(0.9, metrics)}
     return as_rows({"seed": seed, "n_tasks": n_tasks}, numbers)
 
@@ -45,13 +46,14 @@ def draw(rows):
     fig = plot.Figure(figsize=(10, 3.4))
     left, right = fig.subplots(1, 2)
     plot.draw_lines(left, rows, "n_tasks", "measure", scores, colors)
+    plot.draw_lines(left, rows, "n_tasks", "measure", {"chance, top layer": "chance, top layer"}, ["0.5"])
     plot.draw_lines(right, rows, "n_tasks", "measure", {"steps to 0.9": "val"})
     left.set(title="Do clusters stay tasks?", ylabel="pairwise F1 of task, last step", ylim=(0, 1.02))
     right.set(title="How long does it take?", ylabel="steps to 0.9 accuracy on val", ylim=(0, None))
     for ax in left, right:
+        ax.set(xlim=(min(SIZES) * 0.9, max(SIZES) * 1.1), xlabel="tasks (of 128, 64 are probed)")
         ax.set_xscale("log", base=2)
         ax.set_xticks(list(SIZES), SIZES)
-        ax.set_xlabel("tasks")
     fig.legend(*left.get_legend_handles_labels(), loc="outside right center")
     return fig
 
@@ -67,7 +69,9 @@ def main():
     write_rows(f"{given.out}/scale.jsonl", rows)
     print_table("By number of tasks", [{**row, "arm": row["measure"]} for row in rows], "n_tasks")
     if plot.matplotlib:                     # make scale installs it
-        with plot.matplotlib.rc_context(plot.STYLE):
+        with plot.matplotlib.rc_context():
+            plot.matplotlib.rcdefaults()
+            plot.matplotlib.rcParams.update(plot.STYLE)
             draw(rows).savefig(f"{given.out}/scale.png", dpi=130)
         print(f"\nthe figure is {given.out}/scale.png")
 

@@ -47,7 +47,7 @@ def main():
         rows = read_run(run)
         if not rows:
             raise ValueError(f"{run}: there are no numbers, train and probe it first")
-        last = max(row.get("step", 0) for row in rows)
+        last = max((row["step"] for row in rows if "split" in row), default=0)
         for row in rows:
             by_seed = found[tuple(row.get(key) for key in ABOUT)]
             own = row.get("seed", seed)
