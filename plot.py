@@ -111,7 +111,7 @@ def draw_panels(title, ylabel, panels, x, by, names, colors=COLORS, ylim=(-0.03,
             shade_chance(ax, rows, x)
         ax.set(title=name, xlabel=WORDS.get(x, x), ylim=ylim)
     fig.supylabel(ylabel)
-    fig.legend(*ax.get_legend_handles_labels(), loc="outside right center")
+    fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside right center")
     fig.suptitle(title)
     return fig
 
@@ -269,11 +269,10 @@ def draw_data(data, max_len):
     text = ["The network reads",
             f"    {x.instruction} <sep> {x.input} <ans>",
             f"and answers {x.output}. The regexes of this task,",
-            "and instructions (the last regex is held out):",
-            ""]
+            "and instructions (the last regex is held out):"]
     for pattern in [*task.distributions, task.held_out]:
         strings = Regex(pattern, max_len).sample(3, random.Random(0), unique=False)
-        text += [pattern, *(f"    {string}" for string in strings), ""]
+        text += ["", pattern, *(f"    {string}" for string in strings)]
     fig = Figure(figsize=(10, 0.25 * len(text)))
     left, right = fig.subplots(1, 2, width_ratios=(0.8, 1))
     left.text(0, 1, "\n".join(line[:70] for line in text), family="monospace", va="top", size=8)
@@ -466,8 +465,8 @@ def draw(runs, out):
                     figures += draw_hero(first, mine)
                     draw_film(first, mine, out / "hero.gif")
     for name, fig in figures:
-        about = f"{', '.join(run.name for run in runs)}{' (matrices: the first)' * (len(runs) > 1)}"
-        fig.supxlabel(f"runs: {about}", size=8, color="0.5")
+        fig.supxlabel(f"runs: {', '.join(run.name for run in runs)}"
+                      f"{' (matrices: the first)' * (len(runs) > 1)}", size=8, color="0.5")
         fig.savefig(out / f"{name}.png", dpi=130)
     print(f"the figures are in {out}")
 
