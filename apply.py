@@ -107,8 +107,8 @@ STRATEGIES = {      # what a network is taught first; one more line adds one, it
     "shuffled_id": dict(asks_for="task", shuffle_tasks=True),
 }
 TUNED = dict(n_val=4, batch_size=96, lr=0.012, muon_lr=0.08)       # on seeds 10 to 14, the same for all
-PRETRAIN = dict(TUNED, steps=160, n_captures=8)
-FINE_TUNE = dict(TUNED, steps=240, n_captures=16)
+PRETRAIN = dict(TUNED, steps=160, n_captures=6)
+FINE_TUNE = dict(TUNED, steps=240, n_captures=11)
 N_TRAIN = 20, 4     # training instructions per regex, in pre-training and in fine-tuning: many, and a few
 
 
