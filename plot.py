@@ -273,7 +273,7 @@ def draw_data(data, max_len):
     for pattern in [*task.distributions, task.held_out]:
         strings = Regex(pattern, max_len).sample(3, random.Random(0), unique=False)
         text += ["", pattern, *(f"    {string}" for string in strings)]
-    fig = Figure(figsize=(10, 0.25 * len(text)))
+    fig = Figure(figsize=(10, 0.21 * len(text)))
     left, right = fig.subplots(1, 2, width_ratios=(0.8, 1))
     left.text(0, 1, "\n".join(line[:70] for line in text), family="monospace", va="top", size=8)
     left.axis("off")
