@@ -92,8 +92,8 @@ def draw_lines(ax, rows, x, by, names, colors=COLORS):
 
 def shade_chance(ax, rows, x):
     """Shade what chance reaches; over steps, in the layer where it reaches most."""
-    for null, label, alpha in (("regrouped_95", "chance: regexes regrouped", 0.3),
-                               ("null_95", "chance: labels permuted", 0.5)):
+    for null, label, alpha in (("regrouped_95", "chance: regexes regrouped", 0.4),
+                               ("null_95", "chance: labels permuted", 0.6)):
         some = [row for row in rows if row.get(null) is not None]
         if some:
             at, _, low, high = curve(some, x, null)
@@ -392,11 +392,11 @@ def draw_align(rows):
             "nearest": "baseline: refuse the nearest to them",
             "clusters": "train to refuse their clusters",
             "guard": "refuse their clusters, no training"}
-    others = {"guard_auto": "the same, number by silhouette",
-              "guard_half": "the same, half as many clusters",
-              "guard_twice": "the same, twice as many",
-              "guard_counts": "control: clusters of letter counts",
-              "guard_untrained": "control: untrained network"}
+    others = {"guard_auto": "no training, number by silhouette",
+              "guard_half": "no training, half as many clusters",
+              "guard_twice": "no training, twice as many",
+              "guard_counts": "no training, clusters of letters",
+              "guard_untrained": "no training, untrained network"}
     panels = {"unwanted, other phrasing: refused\n(more is better)": select(rows, measure="refused_other"),
               "wanted: refused\n(less is better)": select(rows, measure="refused_wanted"),
               "wanted: answered right\n(more is better)": select(rows, measure="accuracy")}
