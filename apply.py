@@ -305,7 +305,7 @@ def align(out, seeds, small):
         right = observe(base, splits["val"])[0]
         other = make_model(cfg, case.data).to(pick_device())
         trained, untrained = ({name: torch.from_numpy(observe(model, split)[1]["instruction"]).double()
-                         for name, split in splits.items()} for model in (base, other))
+                               for name, split in splits.items()} for model in (base, other))
         texts = {name: [split.instances[i].instruction for i in split.positions["instruction"][0]]
                  for name, split in splits.items()}
         letters = {name: counts[None] for name, counts in surface(texts).items()}

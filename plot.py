@@ -8,6 +8,7 @@
 Lines are means over runs, with their range. Grey is where chance gets, the best of 20 random relabellings.
 Colours of arms are those of Okabe & Ito (2008), which colour-blind people can tell apart.
 """
+import contextlib
 import io
 import os
 import random
@@ -53,6 +54,16 @@ TASK_F1 = {"measure": "f1",
            "position": "instruction",
            "split": "val",
            "view": "raw"}
+
+
+@contextlib.contextmanager
+def own_style():
+    """matplotlib's defaults and STYLE in place of what the user has set, until the end of a `with` block."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
+        yield
+
 
 # ---------------------------------------------------------------- rows and lines
 
@@ -138,9 +149,8 @@ def order_tasks(overlap):
     return order
 
 
-def sort_states(folder, steps, name, identity):
+def sort_states(folder, labels, steps, name, identity):
     """States (S, L + 1, N, C) of split/position with N sorted by an identity, similar tasks together."""
-    labels = read_labels(folder)
     ids = {key: numbered(of) for key, of in labels[name].items()}
     shared = find_overlaps(labels, {}, name)
     if "input" in shared:
@@ -163,15 +173,15 @@ def show_score(row):
     return f"F1 {row['value']:.2f} (chance {row.get('regrouped_95', row['null_95']):.2f})"
 
 
-def draw_hero(run, rows):
-    """How alike are the states of val's instructions? Through training, by layer, beside shared inputs."""
+def draw_hero(rows, right, steps, states, shared):
+    """How alike are the states of val's instructions? Through training, by layer, beside shared inputs.
+
+    right: step -> accuracy; states (S, L + 1, N, C) are sorted by task; shared (K, K): how many inputs two
+    tasks share.
+    """
     f1 = {(row["step"], row["layer"]): show_score(row) for row in select(rows, **TASK_F1)}
-    right = {row["step"]: row["value"] for row in select(rows, measure="acc_val")}
-    steps = sorted({step for step, _ in f1 if step in right})
-    states = sort_states(run, steps, "val/instruction", "task")
     N = states.shape[2]
     top = states.shape[1] - 1
-    shared = find_overlaps(read_labels(run), {}, "val/instruction")["input"]
     tasks = order_tasks(shared)
 
     fig = Figure(figsize=(11.5, 7.9))
@@ -206,12 +216,9 @@ def draw_hero(run, rows):
     yield "hero", fig
 
 
-def draw_film(run, rows, path):
-    """Write a GIF, a frame per capture: the states of val's instructions, layer by layer, above F1 so far."""
+def draw_film(rows, right, steps, states, path):
+    """Write a GIF, a frame per capture: the same states, layer by layer, above F1 so far."""
     f1 = select(rows, **TASK_F1)
-    right = {row["step"]: row["value"] for row in select(rows, measure="acc_val")}
-    steps = sorted({row["step"] for row in f1} & {*right})
-    states = sort_states(run, steps, "val/instruction", "task")
     layers = range(1, states.shape[1])[-4:]
     names, colors = name_layers(layers)
     frames = []
@@ -243,13 +250,13 @@ def draw_film(run, rows, path):
                loop=0)
 
 
-def draw_similarity(folder, rows):
+def draw_similarity(folder, labels, rows):
     """States of val in the last capture, layer by layer: a figure for each position and identity."""
     f1 = select(rows, measure="f1", split="val", view="raw")
     keys = dict.fromkeys((row["position"], row["identity"]) for row in f1 if row["layer"] > 0)
     for position, identity in keys:
         scores = select(f1, position=position, identity=identity)
-        states = sort_states(folder, [scores[-1]["step"]], f"val/{position}", identity)[0]
+        states = sort_states(folder, labels, [scores[-1]["step"]], f"val/{position}", identity)[0]
         scores = scores[-len(states):]
         layers = range(1, len(states))[::1 + len(states) // 8]              # at most eight
         fig = Figure(figsize=(2.2 * len(layers), 3))
@@ -452,18 +459,23 @@ def draw(runs, out):
     if "arm" in rows[0]:
         figures = draw_pretrain(rows) if "n_train" in rows[0] else draw_align(rows)
     else:
-        figures = [*draw_measures(rows), *draw_patch(rows), *draw_similarity(first, mine)]
+        labels = read_labels(first)
+        figures = [*draw_measures(rows), *draw_patch(rows), *draw_similarity(first, labels, mine)]
     if (first / "config.json").exists():
         cfg = read_config(first)
-        data = read_data(first)
         figures += draw_training(rows)
         if cfg.asks_for == "output" and not cfg.shuffle_tasks:          # else it would be wrong
-            figures += draw_data(data, cfg.max_len)
+            figures += draw_data(read_data(first), cfg.max_len)
+            f1 = select(mine, **TASK_F1)
             # are there clusters in the top layer, at the last step?
-            if any(row["value"] > 0.5 and is_beyond(row) for row in select(mine, **TASK_F1)[-1:]):
+            if any(row["value"] > 0.5 and is_beyond(row) for row in f1[-1:]):
+                right = {row["step"]: row["value"] for row in select(mine, measure="acc_val")}
+                steps = sorted({row["step"] for row in f1} & {*right})
+                states = sort_states(first, labels, steps, "val/instruction", "task")
+                shared = find_overlaps(labels, {}, "val/instruction")["input"]
                 with matplotlib.rc_context(NIGHT):
-                    figures += draw_hero(first, mine)
-                    draw_film(first, mine, out / "hero.gif")
+                    figures += draw_hero(mine, right, steps, states, shared)
+                    draw_film(mine, right, steps, states, out / "hero.gif")
     for name, fig in figures:
         fig.supxlabel(f"runs: {', '.join(run.name for run in runs)}"
                       f"{' (matrices: the first)' * (len(runs) > 1)}", size=8, color="0.5")
@@ -480,9 +492,7 @@ def main():
     if matplotlib is None:
         raise ValueError("matplotlib is missing: make figures installs it")
     found = sorted({path.parent for path in Path("runs").glob("*/[amp]*.jsonl")})
-    with warnings.catch_warnings(record=True) as caught, matplotlib.rc_context():
-        matplotlib.rcdefaults()                                 # whatever the user has set
-        matplotlib.rcParams.update(STYLE)
+    with warnings.catch_warnings(record=True) as caught, own_style():
         groups = group_runs(given.folders or found or [Path("runs/default")])
         if given.out and len(groups) > 1:
             raise ValueError("--out: these differ in more than their seeds, draw one after the other")

@@ -69,9 +69,7 @@ def main():
     write_rows(f"{given.out}/scale.jsonl", rows)
     print_table("By number of tasks", [{**row, "arm": row["measure"]} for row in rows], "n_tasks")
     if plot.matplotlib:                     # make scale installs it
-        with plot.matplotlib.rc_context():
-            plot.matplotlib.rcdefaults()
-            plot.matplotlib.rcParams.update(plot.STYLE)
+        with plot.own_style():
             draw(rows).savefig(f"{given.out}/scale.png", dpi=130)
         print(f"\nthe figure is {given.out}/scale.png")
 
