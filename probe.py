@@ -48,8 +48,8 @@ def kmeans(x, k, n_init=8, max_iter=100, seed=0):
     *batch, N, C = x.shape
     if not 1 <= k <= N:
         raise ValueError(f"k = {k} must be in 1..{N}, the number of points")
-    candidates = 2 + int(math.log(k))                   # as many as scikit-learn takes
-    draws = torch.rand(k, n_init, candidates, generator=make_generator(f"{seed}/kmeans")).to(x.device)
+    size = k, n_init, 2 + int(math.log(k))              # as many candidates as scikit-learn takes
+    draws = torch.rand(size, generator=make_generator(f"{seed}/kmeans")).to(x.device)
     found = []
     for points in x.reshape(-1, N, C):
         scaled = normalise(points)
@@ -419,10 +419,8 @@ N_NULL = 20             # draws of every null
 NEIGHBOURS = 10         # states of subset that each state of another split is compared with
 LOWER = "nc1", "merge_ratio"    # lower is more clustered
 
-VIEWS = {       # what is done first to states x (..., N, C), given the numbers of their inputs (N,)
-    "raw": lambda x, inputs: x,
-    "centred": lambda x, inputs: x - means(x.double(), inputs)[..., inputs, :],
-}
+# What is taken from states before they are scored: nothing, or the mean state of their input or phrasing.
+VIEWS = {"raw": None, "centred": "input", "unphrased": "phrasing"}
 
 
 def deal(labels, units, groups, seed):
@@ -471,8 +469,9 @@ def score_states(states, labels, steps, seed=0, overlaps={}):
     A row has step, layer, identity, measure, value and its nulls: null_mean and null_95 of permuted labels;
     for the identity `task`, if there are labels `distribution`, regrouped_mean and regrouped_95 of regexes
     assigned to tasks at random. If there are labels `input`, labels are permuted within each input, since a
-    task fixes its inputs; and regexes both within each input and whole, since states that know only the
-    regex, or only the input, are not to pass. (Those that know both, as two summands, do: see view centred.)
+    task fixes its inputs, or dealt to whole inputs if the input fixes them; and regexes are regrouped both
+    within each input and whole, since states that know only the regex, or only the input, are not to pass.
+    (Those that know both, as two summands, do: see view centred.)
     k-means is fitted to the states that are scored. At the last step, measure `best_k` of identity `any` says
     how many clusters up to 2,000 states have by themselves (choose_k), unless there are labels `input`.
 
@@ -485,27 +484,28 @@ def score_states(states, labels, steps, seed=0, overlaps={}):
     ids = {identity: numbered(of) for identity, of in labels.items()}
     if "input" not in ids and N <= 2000:    # where an input has been seen there are clusters of many kinds
         rows += make_rows(steps[-1:], "any", "best_k", lambda last: np.array([[*map(choose_k, last)]]), x[-1])
-    task = ids.get("task")
-    regex = ids.get("distribution")
     inputs = ids.get("input", np.zeros(N, int))
+    first = np.unique(inputs, return_index=True)[1]             # a state of each input
     for identity, classes in ids.items():
-        if identity == "input_set" and task is not None and f1(task, classes) == 1:
+        if identity == "input_set" and f1(ids.get("task", 0), classes) == 1:
             continue                        # each task has its own inputs: this would repeat `task`
-        within = 0 * inputs if identity == "input" else inputs
-        nulls = {"null": deal(classes, np.arange(N), within, seed)}
+        fixed = (classes[first][inputs] == classes).all()       # by the input, as family is in facts
+        units = inputs if fixed and identity != "input" else np.arange(N)
+        nulls = {"null": deal(classes, units, inputs * ~fixed, seed)}
         if identity == "task":
-            if regex is not None:
-                units = (regex * N + task) * N + inputs         # shuffled tasks have parts of regexes
-                nulls["regrouped"] = deal(task, units, inputs, seed)
+            if "distribution" in ids:
+                parts = ids["distribution"] * N + classes       # shuffled tasks have parts of regexes
+                units = parts * N + inputs
+                nulls["regrouped"] = deal(classes, units, inputs, seed)
                 if "input" in ids:                              # else these would be the same draws
-                    nulls["regrouped"] += deal(task, regex * N + task, 0 * inputs, seed)
+                    nulls["regrouped"] += deal(classes, parts, 0 * inputs, seed)
                 distances, a, b = regex_distances(x, units, inputs)
                 rows += make_rows(steps, "task", "merge_ratio",
-                                  lambda c: merge_ratio(distances, c[a] == c[b]), task,
+                                  lambda c: merge_ratio(distances, c[a] == c[b]), classes,
                                   regrouped=nulls["regrouped"])
-            rows += make_rows(steps, "task", "nc1", lambda c: nc1(x, c), task, **nulls)
-            similar = cosines(x, task)
-            tasks = np.unique(task)
+            rows += make_rows(steps, "task", "nc1", lambda c: nc1(x, c), classes, **nulls)
+            similar = cosines(x, classes)
+            tasks = np.unique(classes)
             permuted = deal(tasks, tasks, 0 * tasks, seed)
             for name, overlap in overlaps.items():
                 if len(overlap) == len(tasks) > 2:              # two tasks are one pair: no correlation
@@ -593,7 +593,7 @@ def surface(texts):
 
 def kept_steps(folder):
     """The steps whose captures are in a folder."""
-    return sorted(int(path.stem) for path in Path(folder).glob("states/*.npz") if path.stem.isdecimal())
+    return sorted(int(path.stem) for path in Path(folder).glob("states/[0-9]*[0-9].npz"))
 
 
 def read_labels(folder):
@@ -641,8 +641,8 @@ def probe(folder, views=("raw",)):
 
     Returns rows, as score_states does, with view, position and split, and writes them to probe.jsonl if
     possible. Position `surface` is no network: counts of the tokens and bigrams in labels `text`, at step 0.
-    View `centred` needs labels `input`. Neighbours are those in split `subset`. Raises ValueError if there is
-    nothing to score in some view, and for a folder that is damaged.
+    View `centred` needs labels `input`, `unphrased` needs `phrasing`. Neighbours are those in split `subset`.
+    Raises ValueError if there is nothing to score in some view, and for a folder that is damaged.
     """
     steps = kept_steps(folder)
     labels = read_labels(folder)
@@ -662,10 +662,13 @@ def probe(folder, views=("raw",)):
             at, states = steps, read_states(folder, steps, name, n)
         print(f"{name}: {n} states, {len(states[-1, -1].unique(dim=0))} distinct in the last layer")
         overlaps = find_overlaps(labels, counts, name)
-        for view in dict.fromkeys(views):
-            if view == "centred" and "input" not in ids:
+        for view in views:
+            by = VIEWS[view]
+            x = states.to(pick_device())
+            if by in ids:
+                x = x - means(x.double(), ids[by])[..., ids[by], :]
+            elif by:
                 continue
-            x = VIEWS[view](states.to(pick_device()), ids.get("input"))
             scored = score_states(x, ids, at, overlaps=overlaps)
             if split == "subset":
                 known[view, position] = x, ids
@@ -674,12 +677,9 @@ def probe(folder, views=("raw",)):
             rows += [{"view": view, "position": position, "split": split, **row}
                      for row in scored]
     if {row["view"] for row in rows} != {*views}:
-        raise ValueError(f"{folder}: labels.npz has no identity to score, or no `input` for view centred")
-    try:
-        write_rows(f"{folder}/probe.jsonl", rows)
-        print(f"{len(rows):,} scores are in {folder}/probe.jsonl")
-    except OSError as e:
-        print(f"the scores could not be kept: {e}")
+        raise ValueError(f"{folder}: labels.npz has no identity to score, or no label that a view needs")
+    write_rows(f"{folder}/probe.jsonl", rows)
+    print(f"{len(rows):,} scores are in {folder}/probe.jsonl")
     return rows
 
 
@@ -701,33 +701,34 @@ def print_report(rows):
     found = {row[key] for row in rows for key in ("identity", "position", "split")}
     split = "val" if "val" in found else rows[0]["split"]
     steps = sorted({row["step"] for row in rows})
+    layers = sorted({row["layer"] for row in rows})
+    layers = [*layers[:-1:1 + len(layers) // 12], layers[-1]]   # at most 13 of them fit
     heat = defaultdict(str)
-    table = defaultdict(str)
+    table = defaultdict(dict)
     for row in rows:
-        if row["split"] != split:
+        if row["split"] != split or row["layer"] not in layers:
             continue
         beyond = is_beyond(row)
         value = row["value"]
         # the table shows the last step, the heat table one measure at every step
         name = f"{row['position']} {row['identity']} {row['measure']}"
-        if row["step"] == steps[-1] or row["position"] == "surface":     # which has step 0 and layer 0 only
-            dot = SHADES[0] * (not beyond)
-            table[name] += ("-" if value is None else f"{dot}{value:.2f}").rjust(7)
+        dot = SHADES[0] * (not beyond)
+        table[name][row["layer"]] = ("-" if value is None else f"{dot}{value:.2f}").rjust(7)
         if name == f"{row['position']} task f1":
             layer = f"{row['position']:12}layer {row['layer']:2}  "
             heat[layer] += 2 * SHADES[beyond and 1 + min(3, int(4 * value))]
 
     print(f"\nAt a glance: pairwise F1 of task on {split}, two characters per capture, at steps "
           f"{', '.join(map(str, steps))}.\n"
-          "{} no better than chance; better: {}, from 0.25 {}, 0.5 {}, 0.75 {}".format(*SHADES))
+          f"{SHADES[0]} no better than chance; better: {SHADES[1]}, from 0.25 {SHADES[2]}, 0.5 {SHADES[3]}, "
+          f"0.75 {SHADES[4]}")
     for layer in sorted(heat, reverse=True):
         print(f"{layer}{heat[layer]}")
-    layers = sorted({row["layer"] for row in rows})
     print(f"\nScores of {split}, last step, view {rows[0]['view']}; lower is better: {', '.join(LOWER)}.\n"
           f"{SHADES[0]} no better than the best of {N_NULL} random relabellings; by chance, one score in "
           f"{N_NULL + 1} is better.\n{'layer':36}{''.join(f'{layer:7}' for layer in layers)}")
     for name, cells in table.items():
-        print(f"{name:36}{cells}")
+        print(f"{name:36}{''.join(cells.values())}")
     missing = {"task", "distribution", "input", "output", "surface", "subset"} - found
     if missing:
         print(f"Not scored, as there are no labels for it: {', '.join(sorted(missing))}.")
@@ -842,8 +843,8 @@ def main():
     """Cluster the states of a run, or of any folder of states, and score the clusters, beside chance."""
     flags = Flags(description=main.__doc__)
     flags.add_argument("folder", help="a run folder, as train.py makes it, or any folder of states")
-    flags.add_argument("--view", nargs="+", choices=VIEWS, default=["raw"], help="states as they are, or "
-                       "minus the mean state of their input (default: raw)")
+    flags.add_argument("--view", nargs="+", choices=VIEWS, default=["raw"],
+                       help="states as they are (default), or minus the mean of their input, or phrasing")
     flags.add_argument("--patch", action="store_true", help="causal test of a run, instead")
     given = flags.parse_args()
     if given.patch:

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 
 import data             # before torch: it sets how torch's threads wait
@@ -48,6 +49,7 @@ SMALL = dict(n_tasks=4, n_distributions=2, n_mappings=3, n_inputs=5, n_outputs=6
 TINY = dict(SMALL, n_layer=2, n_head=2, n_embd=16, steps=24, batch_size=64, n_captures=6)
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 drawn = pytest.mark.skipif(plot.matplotlib is None, reason="needs matplotlib, which make figures installs")
+reads = pytest.mark.skipif(find_spec("transformers") is None, reason="needs transformers, which make smollm2 installs")
 
 
 WORDS = {"tokens": "words", "tasks": [      # the example of README, too
@@ -1370,15 +1372,29 @@ def test_nc1_equals_its_definition(seed, k):
     assert np.isnan(probe.nc1(x, 0 * classes))
 
 
-def test_centred_states_cluster_by_task_where_the_input_hid_it():
-    inputs = np.arange(240) % 10
-    x = torch.from_numpy(20 * around(inputs, 0) + around(TASK))
-    f1 = []
-    for view in "raw", "centred":
-        states = probe.VIEWS[view](x, inputs)
-        clusters, _, _ = probe.kmeans(states, 8)
-        f1.append(probe.f1(TASK, clusters))
-    assert f1[0] < 0.4 and f1[1] == 1
+@pytest.mark.parametrize("view, hider", [("centred", "input"), ("unphrased", "phrasing")])
+def test_a_view_shows_tasks_where_another_identity_hid_them(view, hider, tmp_path):
+    hides = np.arange(240) % 10
+    write_folder(tmp_path, (20 * around(hides, 0) + around(TASK))[None])
+    labels = {"val/last/task": TASK, f"val/last/{hider}": hides}
+    np.savez(tmp_path / "states/labels.npz", **labels)
+    rows = probe.probe(tmp_path, ["raw", view])
+    f1 = {row["view"]: row["value"] for row in rows if (row["identity"], row["measure"]) == ("task", "f1")}
+    assert f1["raw"] < 0.4 and f1[view] == 1
+
+
+def test_what_the_input_fixes_is_scored_beside_whole_inputs():
+    inputs = np.arange(240) % 24
+    family = inputs % 3
+    beyond = []
+    for seed in range(20):
+        only_inputs = around(inputs, 0.1, seed)                 # tight clusters, but no families
+        states = torch.from_numpy(only_inputs)[None, None]
+        rows = probe.score_states(states, {"input": inputs, "family": family}, [0])
+        beyond += [probe.is_beyond(row) for row in rows if (row["identity"], row["measure"]) == ("family", "f1")]
+    assert sum(beyond) <= 4                                     # 1 in 21 by chance
+    rows = probe.score_states(torch.from_numpy(around(family))[None, None], {"input": inputs, "family": family}, [0])
+    assert all(probe.is_beyond(row) for row in rows if row["identity"] == "family")
 
 
 @pytest.mark.parametrize("texts", [
@@ -1631,7 +1647,8 @@ def test_the_report_marks_exactly_the_scores_within_their_own_null(raw_rows, cap
 
 
 def test_probe_rows_are_complete_and_layer_0_is_within_its_null(run):
-    rows = probe.probe(run, probe.VIEWS)
+    views = "raw", "centred"                                # no run has phrasings
+    rows = probe.probe(run, views)
     assert rows == lines(run / "probe.jsonl")
     found, captures = {}, 3 * len(probe.kept_steps(run))
     for row in rows:
@@ -1643,7 +1660,7 @@ def test_probe_rows_are_complete_and_layer_0_is_within_its_null(run):
         elif row["layer"] == 0 and row["position"] != "surface" and row["measure"] != "best_k":
             assert not probe.is_beyond(row)                 # before any attention all states are one
     positions = "instruction", "answer", "surface"
-    for about in itertools.product(probe.VIEWS, positions, train.CAPTURED):
+    for about in itertools.product(views, positions, train.CAPTURED):
         view, position, split = about
         identities = ["task", "distribution"]               # input_set says here what task does
         scores = {"task nc1", "task merge_ratio", "input rsa", "output rsa", "surface rsa"}
@@ -2171,6 +2188,83 @@ def test_slow_the_examples_measure_what_the_files_say(run, tmp_path):
                     float(row[column]) == pytest.approx(expected, rel=1e-3, abs=1e-6))
     twice = subprocess.run([*command, "run"], cwd=tmp_path, capture_output=True, text=True)
     assert twice.returncode == 2 and twice.stderr == "error: run: another of these runs has seed 0, too\n"
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory):
+    """The folder of a random language model of two layers, whose tokens are parts of words."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    folder = str(tmp_path_factory.mktemp("model"))
+    parts = ByteLevelBPETokenizer()
+    parts.train_from_iterator([Path(HERE, "facts.json").read_text()], vocab_size=500, special_tokens=["<end>"])
+    PreTrainedTokenizerFast(tokenizer_object=parts, eos_token="<end>", padding_side="left").save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_hidden_layers=2)
+    LlamaForCausalLM(LlamaConfig(vocab_size=500, **sizes, initializer_range=0.2)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def any_model(monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE / "examples"))
+    import any_model
+    return any_model
+
+
+@reads
+def test_states_of_a_batch_are_those_of_each_prompt_alone(language_model, any_model):
+    cfg = any_model.Config(tasks=str(HERE / "facts.json"), n_val=1, model=language_model)
+    model, tokenizer = any_model.load(cfg)
+    asked = []
+    for i, x in enumerate(make_dataset(cfg).splits["val"].instances[:40]):
+        prompt = cfg.template.format(**x._asdict())
+        if i % 2:                       # let the answer be what the model says next
+            ids = tokenizer(prompt.rstrip(), return_tensors="pt").input_ids
+            said = model.generate(ids, max_new_tokens=2, do_sample=False)[0, ids.shape[1]:]
+            prompt, x = prompt.rstrip(), x._replace(output=tokenizer.decode(said))
+        asked.append((prompt, x))
+    found = [*any_model.read(model, tokenizer, asked)]
+    lengths, rights = set(), set()
+    for (prompt, x), (states, right) in zip(asked, found):
+        end = prompt.index(x.instruction) + len(x.instruction)
+        prompt_ids = tokenizer(prompt.rstrip(), return_tensors="pt").input_ids
+        ids = tokenizer(prompt + x.output, return_tensors="pt").input_ids
+        pieces = [tokenizer.decode(ids[0, :k + 1]) for k in range(ids.shape[1])]
+        last = next(k for k, text in enumerate(pieces) if len(text) >= end)         # of the instruction
+        assert pieces[prompt_ids.shape[1] - 1] == prompt.rstrip()
+        with torch.no_grad():
+            out = model(ids, output_hidden_states=True)
+        layers = torch.cat(out.hidden_states[:2])[:, [last, prompt_ids.shape[1] - 1]]
+        assert np.allclose(states, layers, atol=1e-5)
+        greedy = model.generate(prompt_ids, max_new_tokens=ids.shape[1] - prompt_ids.shape[1], do_sample=False)
+        assert right == torch.equal(greedy, ids)
+        lengths.add(ids.shape[1])
+        rights.add(bool(right))
+    assert len(lengths) > 5 and rights == {True, False}
+
+
+@reads
+def test_slow_any_language_model_is_read_and_probed(language_model, any_model, tmp_path, monkeypatch, capsys):
+    for name, flags in {"trained": [], "untrained": ["--untrained"], "again": ["--untrained"]}.items():
+        monkeypatch.setattr(sys, "argv", ["any_model.py", "--model", language_model, "--n-val", "1", "--tasks",
+                                          str(HERE / "facts.json"), "--out", str(tmp_path / name), *flags])
+        any_model.main()
+    x = {name: train.read_arrays(tmp_path / name / "states/000000.npz") for name in ("trained", "untrained")}
+    assert {name: of.shape for name, of in x["trained"].items()} == {
+        "val/instruction": (2, 64, 32), "val/answer": (2, 128, 32)}
+    assert not np.allclose(x["trained"]["val/answer"], x["untrained"]["val/answer"])
+
+    labels = train.read_arrays(tmp_path / "trained/states/labels.npz")
+    _, tasks = data.read_tasks(HERE / "facts.json", 128)
+    ids = {name.rpartition("/")[2]: of for name, of in labels.items() if name.startswith("val/answer/")}
+    for text, word, output, task, phrasing in zip(*(ids[key] for key in "text input output task phrasing".split())):
+        assert re.fullmatch(tasks[task].distributions[phrasing], text) and tasks[task].map[word] == output
+    rows = probe.probe(tmp_path / "trained", ["raw", "unphrased", "centred"])
+    found = {(row["view"], row["position"], row["identity"]) for row in rows if row["measure"] == "f1"}
+    assert {("unphrased", "instruction", "task"), ("centred", "answer", "task"), ("raw", "answer", "input_set"),
+            ("raw", "surface", "phrasing")} <= found
+    assert lines(tmp_path / "trained/metrics.jsonl")[0]["acc_val"] <= 1
 
 
 @drawn
