@@ -61,22 +61,24 @@ def report(rows, out):
     for position in "instruction", "answer":
         here = select(f1, position=position)
         last = select(here, layer=top)
-        last += [{**row, "panel": "chance for task", "value": row["regrouped_95"]}
-                 for row in select(last, panel="task")]
         print_table(f"Pairwise F1 at {position}, layer {top}", last, "panel")
+        nulls = [{**row, "value": row.get("regrouped_95", row["null_95"])} for row in last]
+        print_table("Its null: the best of 20 random relabellings", nulls, "panel")
         counts = Counter()
         for row in here:
             counts[row["arm"], row["panel"], row["seed"]] += is_beyond(row)
         beyond = [{"arm": arm, "panel": panel, "value": n} for (arm, panel, _), n in counts.items()]
-        title = f"In how many of {top + 1} layers is it beyond its null? (by chance: 1.4)"
-        print_table(title, beyond, "panel")
+        print_table(f"Layers, of {top + 1}, in which it is beyond its null (by chance: 1.4)", beyond, "panel")
         if plot.matplotlib:                 # make smollm2 installs it
+            for row in here:
+                if row["arm"] not in ARMS[:3]:          # grey is chance of the first three
+                    row |= {"null_95": None, "regrouped_95": None}
             panels = {panel: select(here, panel=panel) for panel in PANELS}
-            title = f"What do SmolLM2's states at the {position} cluster by? Grey is chance, of all arms"
-            names = {arm: arm for arm in ARMS}
+            title = f"What do SmolLM2's states at the {position} cluster by? (grey: {', '.join(ARMS[:3])})"
             with plot.own_style():
-                figure = plot.draw_panels(title, "pairwise F1", panels, "layer", "arm", names, shade=True)
-                figure.savefig(f"{out}/f1_{position}.png", dpi=130)
+                fig = plot.draw_panels(title, "pairwise F1", panels, "layer", "arm", dict(zip(ARMS, ARMS)),
+                                       shade=True)
+                fig.savefig(f"{out}/f1_{position}.png", dpi=130)
 
 
 def main():
