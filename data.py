@@ -313,8 +313,8 @@ class DataConfig:
             if value not in self.choices.get(name, [value]):
                 raise ValueError(f"{name} is {value!r}, choose from {', '.join(self.choices[name])}")
             least = 1 if kind is int and field.default else 0
-            if kind in (int, float) and not least <= value <= 10 ** 6:
-                raise ValueError(f"{name} is {value}, it must be from {least} to a million")
+            if kind in (int, float) and not least <= value < 10 ** 6:
+                raise ValueError(f"{name} is {value}, it must be from {least} to below a million")
 
 
 class Task(NamedTuple):

@@ -594,7 +594,7 @@ def surface(texts):
 
 def kept_steps(folder):
     """The steps whose captures are in a folder."""
-    return sorted(int(path.stem) for path in Path(folder).glob("states/[0-9]*[0-9].npz"))
+    return sorted(int(path.stem) for path in Path(folder).glob("states/[0-9][0-9][0-9][0-9][0-9][0-9].npz"))
 
 
 def read_labels(folder):

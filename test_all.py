@@ -1752,14 +1752,14 @@ def test_tasks_are_compared_by_the_inputs_of_their_own_position():
         assert np.array_equal(probe.find_overlaps(labels, {}, name)["input"], shared)
 
 
-def test_a_folder_that_cannot_be_written_is_probed(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_written_is_one_error_line(tmp_path, monkeypatch, capsys):
     def no_space(path, rows):
-        raise OSError
+        raise OSError("no space left")
 
     write_folder(tmp_path)
-    rows = probe.probe(tmp_path)
     monkeypatch.setattr(probe, "write_rows", no_space)
-    assert rows and probe.probe(tmp_path) == rows
+    assert exit_status(probe, tmp_path) == 2
+    assert capsys.readouterr().err == "error: no space left\n"
 
 
 # ---------------------------------------------------------------- the causal test
