@@ -289,9 +289,8 @@ def ami(classes, clusters):
     """
     n = contingency(classes, clusters)
     T, A, B, _ = sums(n, x_log_x)
-    expected = [expected_x_log_x(tuple(table.sum(1)), tuple(table.sum(0)))
-                for table in n.reshape(-1, *n.shape[-2:])]
-    expected = np.reshape(expected, T.shape)
+    expected = np.reshape([expected_x_log_x(tuple(table.sum(1)), tuple(table.sum(0)))
+                           for table in n.reshape(-1, *n.shape[-2:])], T.shape)
     return ratio(T - expected, (A + B) / 2 - expected)
 
 
@@ -471,7 +470,8 @@ def score_states(states, labels, steps, seed=0, overlaps={}):
     assigned to tasks at random. If there are labels `input`, labels are permuted among states of one input,
     since a task fixes its inputs; labels that the input fixes, as it does the family in facts, among whole
     inputs. Regexes are regrouped within each input and whole: states that know only the one are not to pass.
-    (Those that know both, as two summands, do: see view centred.)
+    (Those that know both, as two summands, do: see view centred. And in view unphrased the regrouped null is
+    too easy for nc1 and merge_ratio, as it may put regexes of one phrasing together: read F1 there.)
     k-means is fitted to the states that are scored. At the last step, measure `best_k` of identity `any` says
     how many clusters up to 2,000 states have by themselves (choose_k), unless there are labels `input`.
 
@@ -496,7 +496,7 @@ def score_states(states, labels, steps, seed=0, overlaps={}):
         if identity == "task":
             if "distribution" in ids:
                 parts = ids["distribution"] * N + classes       # shuffled tasks have parts of regexes
-                units = parts * N + inputs
+                units = parts * N * ~fixed + inputs             # if fixed, whole inputs are regrouped
                 nulls["regrouped"] = deal(classes, units, within, seed)
                 if "input" in ids:                              # else these would be the same draws
                     nulls["regrouped"] += deal(classes, parts, 0 * inputs, seed)

@@ -1395,9 +1395,15 @@ def test_labels_that_the_input_fixes_are_dealt_to_whole_inputs():
     assert sum(beyond) <= 4                                     # 1 in 21 by chance
     rows = probe.score_states(torch.from_numpy(around(family))[None, None], {"input": inputs, "family": family}, [0])
     assert all(probe.is_beyond(row) for row in rows if row["identity"] == "family")
-    labels = {"input": inputs, "task": family, "distribution": inputs}          # each task has its own inputs
-    rows = probe.score_states(torch.from_numpy(around(family))[None, None], labels, [0])
-    assert all(probe.is_beyond(row) for row in rows if row["identity"] == "task" and row["measure"] == "f1")
+    # each task has its own inputs, and two regexes, each with all of them
+    task = inputs % 8
+    labels = {"input": inputs, "task": task, "distribution": 2 * task + np.arange(240) // 24 % 2}
+    beyond = []
+    for seed in range(20):
+        for classes in inputs, task, labels["distribution"]:
+            rows = probe.score_states(torch.from_numpy(around(classes, 0.1, seed))[None, None], labels, [0])
+            beyond += [probe.is_beyond(row) for row in rows if (row["identity"], row["measure"]) == ("task", "f1")]
+    assert sum(beyond[::3]) <= 4 and all(beyond[1::3]) and sum(beyond[2::3]) <= 4
 
 
 @pytest.mark.parametrize("texts", [

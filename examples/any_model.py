@@ -8,8 +8,8 @@ The model is any causal one that transformers can load, with a fast tokenizer th
 Position `instruction` is the token with the last character of the instruction, `answer` the last token of the
 prompt. Unlike <sep> in our own networks, the former may differ: layer 0 can tell "?" from ".". Layer 0 is the
 embedding, layer l the output of block l; the last block is left out, as transformers gives its output only
-after the final norm. The label `phrasing` is the number of a regex within its task: in facts.json, the first
-regex of each task is a question, the second a command, the third terse, the fourth polite.
+after the final norm. The label `phrasing` is the number of a regex within its task (do not use
+--shuffle-tasks): in facts.json, the first is a question, then come a command, a terse and a polite one.
 """
 import os
 import sys
@@ -34,9 +34,9 @@ class Config(DataConfig):
     n_train: int = 24
     n_val: int = 3
     n_asked: int = 2
-    model: str = ""                 # folder of a language model, or a GGUF file with its folder, as ./m.gguf
+    model: str = ""                 # folder of a language model, or GGUF file, beginning with ./ or /
     out: str = "runs/any_model"     # folder to write
-    template: str = "Instruction: {instruction}\nInput: {input}\nAnswer: "      # the prompt, up to the answer
+    template: str = "Instruction: {instruction}\nInput: {input}\nAnswer: "      # prompt; ends in white space
     untrained: bool = False         # control: random weights, always the same
 
 
@@ -77,9 +77,11 @@ def read(model, tokenizer, pairs):
 def write_folder(cfg, network, make_prompt):
     """Write what probe.py reads. network is what `load` returns; make_prompt takes an Instance.
 
-    Where the prompts of an instruction differ before it, the first one's state stands for it.
+    The instruction is looked for from the end of a prompt. Where prompts of one instruction differ before it,
+    the first one's state stands for it. Raises OSError if cfg.out is there already.
     """
     data = make_dataset(cfg)
+    os.makedirs(f"{cfg.out}/states")        # not into a folder that is there
     val = data.splits["val"]
     pairs = [(make_prompt(x), x) for x in val.instances]
     states, right = map(np.array, zip(*read(*network, pairs)))                  # (n, L, 2, C), (n,)
@@ -89,7 +91,6 @@ def write_folder(cfg, network, make_prompt):
     first = ids["distribution"][np.unique(ids["task"], return_index=True)[1]]   # regex of each task
     ids["phrasing"] = ids["distribution"] - first[ids["task"]]
     labels = {name: of for name, of in make_labels(data).items() if "val/" in name}
-    os.makedirs(f"{cfg.out}/states", exist_ok=True)
     write_arrays(f"{cfg.out}/states/labels.npz", labels)
     write_arrays(f"{cfg.out}/states/000000.npz", {
         "val/instruction": states[:, val.positions["instruction"][0], 0],

@@ -13,6 +13,7 @@ Examples are of other regexes and with other inputs. A network of the same shape
 plain and same, too, with the first seed only.
 """
 import random
+import shutil
 import sys
 from collections import Counter
 from importlib.util import find_spec
@@ -27,6 +28,7 @@ from data import Flags, command_line, make_dataset
 from probe import is_beyond, probe
 from train import read_rows, write_rows
 
+TASKS = str(Path(__file__).parents[1] / "facts.json")
 ARMS = "plain", "chat", "others", "same", "plain untrained", "same untrained"
 PANELS = {  # title -> which rows of probe.py it shows
     "task": dict(identity="task", view="raw"),
@@ -68,7 +70,8 @@ def report(rows, out):
         for row in here:
             counts[row["arm"], row["panel"], row["seed"]] += is_beyond(row)
         beyond = [{"arm": arm, "panel": panel, "value": n} for (arm, panel, _), n in counts.items()]
-        print_table(f"Layers, of {top + 1}, in which it is beyond its null (by chance: 1.4)", beyond, "panel")
+        title = f"Layers, of {top + 1}, in which it is beyond its null (by chance: {(top + 1) / 21:.1f})"
+        print_table(title, beyond, "panel")
         if plot.matplotlib:                 # make smollm2 installs it
             for row in here:
                 if row["arm"] not in ARMS[:3]:          # grey is chance of the first three
@@ -95,10 +98,12 @@ def main():
     networks = {}                           # loaded when first needed
     for arm in ARMS:
         untrained = "untrained" in arm
-        for seed in given.seeds[:1] if untrained else given.seeds:
+        seeds = [*dict.fromkeys(given.seeds)]
+        for seed in seeds[:1] if untrained else seeds:
             out = f"{given.out}/{arm.replace(' ', '-')}-{seed}"
-            cfg = Config(tasks="facts.json", model=model, seed=seed, untrained=untrained, out=out)
+            cfg = Config(tasks=TASKS, model=model, seed=seed, untrained=untrained, out=out)
             if not Path(out, "metrics.jsonl").exists():
+                shutil.rmtree(out, ignore_errors=True)          # what a stopped call left
                 networks[untrained] = networks.get(untrained) or load(cfg)
                 read_arm(cfg, arm, networks[untrained])
             if not Path(out, "probe.jsonl").exists():
