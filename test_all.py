@@ -957,7 +957,7 @@ def test_slow_streams_may_be_closed(closing, tmp_path):
 
 
 def test_a_loss_of_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, capsys):
-    wild = {**TINY, "optimizer": "adamw", "lr": 1e6, "weight_decay": 1e6, "warmup": 0}
+    wild = {**TINY, "optimizer": "adamw", "lr": 9e5, "weight_decay": 9e5, "warmup": 0}
     assert exit_status(train, "--out", tmp_path / "run", *as_flags(wild)) == 2
     said = capsys.readouterr().err
     assert re.fullmatch(r"error: [^\n]*nan or infinite: [^\n]*lower --lr[^\n]*\n", said)
