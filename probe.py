@@ -640,8 +640,8 @@ def read_states(folder, steps, name, n):
 def probe(folder, views=("raw",)):
     """Score every capture of a run, or of any folder of states, at every layer, position and split.
 
-    Returns rows, as score_states does, with view, position and split, and writes them to probe.jsonl if
-    possible. Position `surface` is no network: counts of the tokens and bigrams in labels `text`, at step 0.
+    Returns rows, as score_states does, with view, position and split, and writes them to probe.jsonl.
+    Position `surface` is no network: counts of the tokens and bigrams in labels `text`, at step 0.
     View `centred` needs labels `input`, `unphrased` needs `phrasing`. Neighbours are those in split `subset`.
     Raises ValueError if there is nothing to score in some view, and for a folder that is damaged.
     """

@@ -46,11 +46,13 @@ def read_arm(cfg, arm, network):
         template = network[1].apply_chat_template([message], tokenize=False, add_generation_prompt=True)
 
     def make_prompt(x):
+        question = template.format(**x._asdict())
+        if "same" not in arm and arm != "others":
+            return question
         usable = [y for y in instances if (y.task == x.task) == ("same" in arm)
                   and y.distribution != x.distribution and y.input != x.input]
-        solved = random.Random(x.instruction).sample(usable, 4) if "same" in arm or arm == "others" else []
-        examples = [f"{template.format(**y._asdict())}{y.output}\n\n" for y in solved]
-        return "".join(examples) + template.format(**x._asdict())
+        solved = random.Random(x.instruction).sample(usable, 4)
+        return "".join(f"{template.format(**y._asdict())}{y.output}\n\n" for y in solved) + question
     write_folder(cfg, network, make_prompt)
 
 
@@ -110,9 +112,9 @@ def main():
                 probe(out, ["raw", "unphrased"])
             about = {"arm": arm, "seed": seed}
             rows += as_rows(about, {"acc_val": read_rows(f"{out}/metrics.jsonl")[0]["acc_val"]})
+            scores = select(read_rows(f"{out}/probe.jsonl"), measure="f1")
             for panel, keys in PANELS.items():
-                scores = select(read_rows(f"{out}/probe.jsonl"), measure="f1", **keys)
-                rows += [{**row, **about, "panel": panel} for row in scores]
+                rows += [{**row, **about, "panel": panel} for row in select(scores, **keys)]
     write_rows(f"{given.out}/smollm2.jsonl", rows)
     report(rows, given.out)
 
