@@ -2,10 +2,12 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 # one after the other, whatever -j says: probe needs what train makes, and each uses all cores
+ifndef AT_ONCE
 .NOTPARALLEL:
+endif
 
 help:            ## this list
-	@awk -F ':.*## *' '/^[a-z]+:.*##/ {printf "  make %-7s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## *' '/^[a-z0-9]+:.*##/ {printf "  make %-7s %s\n", $$1, $$2}' Makefile
 
 train: .venv/made   ## train the default run into runs/default, or go on with it
 	$(PY) train.py $(if $(wildcard runs/default/config.json),--resume)
@@ -36,39 +38,54 @@ smollm2: .venv/reads ## does it hold in a pretrained language model? Installs Sm
 	$(PY) examples/smollm2.py
 	$(PY) plot.py runs/smollm2/plain-0 runs/smollm2/same-0
 
+# The studies of results/README.md: what differs from the default run, and which seeds.
 SEEDS := 0 1 2 3 4
-# make results RESULTS=results replaces what git keeps
+STUDIES := shuffled answer same-inputs same-inputs-answer twins adamw facts facts-shuffled
+shuffled.flags := --shuffle-tasks --steps 1500 --batch-size 96
+answer.flags := --loss-on answer
+same-inputs.flags := --n-inputs 5
+same-inputs-answer.flags := --n-inputs 5 --loss-on answer
+twins.flags := --twins
+adamw.flags := --optimizer adamw --lr 0.007 --steps 1000
+facts.flags := --preset facts
+facts-shuffled.flags := --preset facts --shuffle-tasks --steps 2400
+facts-shuffled.seeds := 0 1 2
+
+# make results RESULTS=results replaces what git keeps; JOBS: how many runs at a time, each on one core
 RESULTS ?= runs/results
-STUDIES := default shuffled answer same-inputs same-inputs-answer facts facts-shuffled
-# $(call study,NAME,FLAGS,PROBE'S FLAGS): five seeds, then figures and numbers in RESULTS/NAME
-define study
-	$(MAKE) --no-print-directory $(SEEDS:%=runs/$(1)-%/patch.jsonl) TRAIN="$(2)" PROBE="$(3)"
-	$(call draw,$(SEEDS:%=runs/$(1)-%),$(1))
-endef
-define draw
-	$(PY) plot.py $(1) --out $(RESULTS)/$(2)
-	$(PY) examples/table.py $(1) --out $(RESULTS)/$(2)/numbers.csv
-endef
-runs/%/patch.jsonl:
-	$(PY) train.py $(TRAIN) --seed $(lastword $(subst -, ,$*)) --out runs/$* $(if $(wildcard runs/$*/config.json),--resume)
-	$(PY) probe.py runs/$* $(PROBE)
-	$(PY) probe.py runs/$* --patch
+JOBS ?= 2
+at_once = OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --output-sync=line -j$(JOBS) AT_ONCE=1 \
+	$(1:%=$(RESULTS)/%/numbers.csv)
+draw = $(PY) plot.py $(1) --out $(@D) && $(PY) examples/table.py $(1) --out $@
 
 seeds: .venv/draws  ## five seeds of the default run, for means and ranges, into runs/results/default
-	$(call study,default,,--view raw centred)
+	$(call at_once,default)
 
-results: seeds   ## five seeds of all else in results/README.md
-	$(call study,shuffled,--shuffle-tasks)
-	$(call study,answer,--loss-on answer)
-	$(call study,same-inputs,--n-inputs 5)
-	$(call study,same-inputs-answer,--n-inputs 5 --loss-on answer)
-	$(call study,facts,--preset facts)
-	$(call study,facts-shuffled,--preset facts --shuffle-tasks)
-	$(PY) apply.py pretrain --seeds $(SEEDS)
-	$(call draw,runs/pretrain,pretrain)
-	$(PY) apply.py align --seeds $(SEEDS)
-	$(call draw,runs/align,align)
-	$(call draw,$(SEEDS:%=runs/pretrain/seed%/task_id-20-first),task_id)
+results: .venv/draws ## everything in results/README.md, into runs/results; goes on where it was stopped
+	$(call at_once,default scale pretrain align task_id $(STUDIES))
+
+# runs/twins-3 is seed 3 of the study twins
+seed = $(lastword $(subst -, ,$*))
+runs/%/patch.jsonl:
+	$(PY) train.py $($(*:%-$(seed)=%).flags) --seed $(seed) --out runs/$* $(if $(wildcard runs/$*/config.json),--resume)
+	$(PY) probe.py runs/$* --view raw centred
+	$(PY) probe.py runs/$* --patch
+
+.SECONDEXPANSION:
+$(RESULTS)/%/numbers.csv: $$(foreach seed,$$(or $$($$*.seeds),$(SEEDS)),runs/$$*-$$(seed)/patch.jsonl)
+	$(call draw,$(^D))
+
+$(RESULTS)/scale/numbers.csv: scale
+	mkdir -p $(@D) && cp runs/scale/scale.png $(@D)
+	$(PY) examples/table.py runs/scale/scale.jsonl --out $@
+
+# make apply may have left fewer seeds, so these are always called; they do not make a run twice
+$(RESULTS)/pretrain/numbers.csv $(RESULTS)/align/numbers.csv: $(RESULTS)/%/numbers.csv: always
+	$(PY) apply.py $* --seeds $(SEEDS)
+	$(call draw,runs/$*)
+
+$(RESULTS)/task_id/numbers.csv: $(RESULTS)/pretrain/numbers.csv
+	$(call draw,$(SEEDS:%=runs/pretrain/seed%/task_id-20-first))
 
 figures: .venv/draws ## draw everything in runs/ (installs matplotlib)
 	$(PY) plot.py
@@ -79,7 +96,7 @@ test: .venv/made    ## run the tests
 clean:           ## remove .venv, caches and the runs made by this file
 	rm -rf .venv .pytest_cache .hypothesis __pycache__ \
 		runs/default runs/quick runs/shuffled runs/facts runs/pretrain runs/align runs/scale runs/smollm2 runs/results \
-		$(foreach study,$(STUDIES),$(SEEDS:%=runs/$(study)-%))
+		$(foreach study,default $(STUDIES),$(SEEDS:%=runs/$(study)-%))
 
 .venv/made: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -97,4 +114,5 @@ clean:           ## remove .venv, caches and the runs made by this file
 	touch $@
 
 .DEFAULT_GOAL := help
-.PHONY: help train probe control quick facts apply scale smollm2 seeds results figures test clean
+.SECONDARY:                     # no run is deleted as intermediate
+.PHONY: always help train probe control quick facts apply scale smollm2 seeds results figures test clean

@@ -21,7 +21,7 @@ from train import read_config, read_rows
 
 import numpy as np
 
-ABOUT = ("measure", "arm", "n_train", "b", "position", "identity", "split", "view", "patch", "layer", "step")
+ABOUT = ("measure", "arm", "n_tasks", "n_train", "b", "position", "identity", "split", "view", "patch", "layer", "step")
 NULLS = "null_95", "regrouped_95"
 
 
