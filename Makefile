@@ -15,8 +15,8 @@ train: .venv/made   ## train the default run into runs/default, or go on with it
 probe: .venv/made   ## cluster and score the captures of runs/default
 	$(PY) probe.py runs/default
 
-control: .venv/made  ## train and probe runs/shuffled, whose instructions get random tasks
-	$(PY) train.py --shuffle-tasks --out runs/shuffled $(if $(wildcard runs/shuffled/config.json),--resume)
+control: .venv/made  ## train and probe runs/shuffled, whose instructions get random tasks to memorise
+	$(PY) train.py $(shuffled.flags) --out runs/shuffled $(if $(wildcard runs/shuffled/config.json),--resume)
 	$(PY) probe.py runs/shuffled
 
 quick: .venv/made   ## train and probe a small run, in seconds
@@ -44,7 +44,7 @@ STUDIES := shuffled answer same-inputs same-inputs-answer twins adamw facts fact
 shuffled.flags := --shuffle-tasks --steps 1500 --batch-size 96
 answer.flags := --loss-on answer
 same-inputs.flags := --n-inputs 5
-same-inputs-answer.flags := --n-inputs 5 --loss-on answer
+same-inputs-answer.flags := --n-inputs 5 --loss-on answer --steps 800
 twins.flags := --twins
 adamw.flags := --optimizer adamw --lr 0.007 --steps 1000
 facts.flags := --preset facts
@@ -63,6 +63,7 @@ seeds: .venv/draws  ## five seeds of the default run, for means and ranges, into
 
 results: .venv/draws ## everything in results/README.md, into runs/results; goes on where it was stopped
 	$(call at_once,default scale pretrain align task_id $(STUDIES))
+	$(PY) examples/report.py --numbers $(RESULTS) --out $(RESULTS)/README.md
 
 # runs/twins-3 is seed 3 of the study twins
 seed = $(lastword $(subst -, ,$*))
@@ -87,6 +88,12 @@ $(RESULTS)/pretrain/numbers.csv $(RESULTS)/align/numbers.csv: $(RESULTS)/%/numbe
 $(RESULTS)/task_id/numbers.csv: $(RESULTS)/pretrain/numbers.csv
 	$(call draw,$(SEEDS:%=runs/pretrain/seed%/task_id-20-first))
 
+speed: .venv/reads  ## time it beside its first edition, transformers and scikit-learn (half an hour)
+	$(PY) -m pip install --quiet scikit-learn==1.9.1
+	mkdir -p runs/first-edition && git archive 909407e | tar -x -C runs/first-edition
+	$(PY) examples/speed.py --first runs/first-edition
+	$(PY) examples/table.py runs/speed/speed.jsonl --out $(RESULTS)/speed/numbers.csv
+
 figures: .venv/draws ## draw everything in runs/ (installs matplotlib)
 	$(PY) plot.py
 
@@ -95,7 +102,8 @@ test: .venv/made    ## run the tests
 
 clean:           ## remove .venv, caches and the runs made by this file
 	rm -rf .venv .pytest_cache .hypothesis __pycache__ \
-		runs/default runs/quick runs/shuffled runs/facts runs/pretrain runs/align runs/scale runs/smollm2 runs/results \
+		runs/default runs/quick runs/shuffled runs/facts runs/pretrain runs/align runs/scale runs/smollm2 runs/speed \
+		runs/first-edition runs/results \
 		$(foreach study,default $(STUDIES),$(SEEDS:%=runs/$(study)-%))
 
 .venv/made: requirements.txt
@@ -115,4 +123,4 @@ clean:           ## remove .venv, caches and the runs made by this file
 
 .DEFAULT_GOAL := help
 .SECONDARY:                     # no run is deleted as intermediate
-.PHONY: always help train probe control quick facts apply scale smollm2 seeds results figures test clean
+.PHONY: always help train probe control quick facts apply scale smollm2 seeds results speed figures test clean

@@ -2195,8 +2195,36 @@ def test_slow_the_examples_measure_what_the_files_say(run, tmp_path):
             expected = one.get(name)
             assert (row[column] == "" if expected is None else
                     float(row[column]) == pytest.approx(expected, rel=1e-3, abs=1e-6))
+        assert row["beyond"] == (str(int(probe.is_beyond(one))) if row["null_95"] or row["regrouped_95"] else "")
     twice = subprocess.run([*command, "run"], cwd=tmp_path, capture_output=True, text=True)
     assert twice.returncode == 2 and twice.stderr == "error: run: another of these runs has seed 0, too\n"
+
+
+def test_every_number_of_the_results_is_that_of_its_table(tmp_path):
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "numbers.csv").write_text(
+        f"{','.join(('arm', 'n_tasks', 'n_train', 'b', 'split', 'position', 'identity', 'measure', 'view'))},"
+        "patch,layer,step,null_95,regrouped_95,beyond,seed 0,seed 1\n"
+        ",,,,val,answer,task,f1,raw,,1,0,0.1,0.2,1,0.1,0.3\n"
+        ",,,,val,answer,task,f1,raw,,1,9,0.1,,2,0.5,0.5\n"
+        ",,,,,,,acc_val,,,,9,,,,0,\n")
+    text = tmp_path / "text.md"
+    text.write_text("a 1.00 ± 0.5 (9; 1/2)<!--study: answer task f1 layer 1 step 0; all--> b\n\n"
+                    "0.5<!--study: answer task f1 layer 1; null-->, ?<!--study: acc_val-->,"
+                    " 7, 8<!--study: answer task f1 layer 1; seeds-->\n\n"
+                    "| x | step 0 | `step 0` | y |\n|---|---|---|---|\n"
+                    "| f1<!--study: answer task f1 layer 1 *; beyond--> | 7 | | – |\n")
+    command = [sys.executable, str(HERE / "examples" / "report.py")]
+    subprocess.run([*command, "text.md"], cwd=tmp_path, check=True)
+    assert re.sub("<!--.*?-->", "", text.read_text()) == (
+        "a 0.20 ± 0.14 (0.20; 1/2) b\n\n0.10, -, 0.5, 0.5\n\n"
+        "| x | step 0 | `step 0` | y |\n|---|---|---|---|\n| f1 | 1/2 | 1/2 | – |\n")
+    text.write_text("1<!--study: acc_ood-->")
+    missing = subprocess.run([*command, "text.md"], cwd=tmp_path, capture_output=True, text=True)
+    assert missing.returncode == 2 and missing.stderr == "error: study/numbers.csv has no row 'acc_ood'\n"
+    for kept in HERE / "README.md", HERE / "results" / "README.md":
+        subprocess.run([*command, kept, "--numbers", HERE / "results", "--out", tmp_path / "again.md"], check=True)
+        assert (tmp_path / "again.md").read_text() == kept.read_text() and "?<!--" not in kept.read_text()
 
 
 @pytest.fixture(scope="module")

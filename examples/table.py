@@ -4,8 +4,9 @@
     python examples/table.py runs/pretrain --out results/pretrain/numbers.csv     a demo of apply.py
     python examples/table.py runs/smollm2/smollm2.jsonl --out results/smollm2/numbers.csv
 
-All rows of probe.py would fill megabytes. Kept are raw F1 of subset and val at every step; and, at the first
-and the last step, every raw measure of val and ood, and F1 in other views. Nulls are means over seeds.
+All rows of probe.py would fill megabytes. Kept are F1 of val at every step; and, at the first and the last
+step, every measure of val and ood, F1 of subset, and F1 in other views. null_95 and regrouped_95 are means
+over seeds; `beyond` says in how many seeds a score beats its own null, the harder one if there are two.
 """
 import csv
 import io
@@ -17,11 +18,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from data import Flags, command_line, write
 from plot import read_run
+from probe import is_beyond
 from train import read_config, read_rows
 
 import numpy as np
 
-ABOUT = ("measure", "arm", "n_tasks", "n_train", "b", "position", "identity", "split", "view", "patch", "layer", "step")
+ABOUT = ("arm", "n_tasks", "n_train", "b", "split", "position", "identity", "measure", "view", "patch",
+         "layer", "step")
 NULLS = "null_95", "regrouped_95"
 
 
@@ -29,10 +32,11 @@ def is_kept(row, last):
     """Is a row of probe.py kept? Rows of other files are, except for what they are about and for times."""
     if "split" not in row:
         return row["measure"] not in ("seconds", "n", *ABOUT)
-    raw_f1 = row["measure"] == "f1" and row["view"] == "raw"
-    if row["split"] == "subset" or row["step"] not in (0, last):
-        return raw_f1 and row["split"] != "ood"
-    return row["measure"] == "f1" or row["view"] == "raw"
+    if row["split"] == "val" and (row["measure"], row["view"]) == ("f1", "raw"):
+        return True
+    if row["step"] not in (0, last):
+        return False
+    return row["measure"] == "f1" or row["split"] != "subset" and row["view"] == "raw"
 
 
 def main():
@@ -61,12 +65,13 @@ def main():
 
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow([*ABOUT, *NULLS, *(f"seed {seed}" for seed in seeds)])
+    table.writerow([*ABOUT, *NULLS, "beyond", *(f"seed {seed}" for seed in seeds)])
     for about, by_seed in found.items():
         cells = []
         for null in NULLS:
             values = [row[null] for row in by_seed.values() if row.get(null) is not None]
             cells.append(np.mean(values) if values else None)
+        cells.append(sum(map(is_beyond, by_seed.values())) if cells != [None, None] else None)
         cells += [by_seed[seed]["value"] if seed in by_seed else None for seed in seeds]
         table.writerow([*about, *("" if x is None else f"{x:.5g}" for x in cells)])
     Path(given.out).parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,107 @@
+"""Fill in the numbers of a text from tables that table.py made. results/README.md is such a text.
+
+    python examples/report.py                             results/README.md anew, from results/*/numbers.csv
+    python examples/report.py --numbers runs/results --out mine.md      with your numbers where you have any
+
+Behind a number a comment, which a page does not show, says which row of which table it is:
+
+    0.96 ± 0.05<!--default: instruction task f1 layer 4-->
+
+is the mean ± standard deviation over seeds in a row of default/numbers.csv: of val, and at the last step, as
+no other is named. In a line of a Markdown table the comment stands in the first cell, and * in it is the
+header of each column. `; null` at the end of a comment gives the harder null, `; beyond` in how many seeds
+the number beats its own, `; all` these three, and `; seeds` the number of each seed.
+"""
+import csv
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from apply import spread
+from data import Flags, command_line, write
+from table import ABOUT
+
+NUMBER = r"(?:(?:-?[\d./]+|-)(?:, [\d.-]+)*(?: ± [\d.]+)?(?: \([^()]*\))?|\?)"
+COMMENT = r"<!--([\w*-]+): ([^;]+?)(?:; (\w+))?-->"
+
+
+def read_table(path):
+    """The rows of a table by name: what they are about, without `val`, `raw` and the last step."""
+    with open(path, encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    last = max(int(row["step"] or 0) for row in rows)
+    named = {}
+    for row in rows:
+        words = []
+        for key in ABOUT:
+            if row[key] not in ("", "raw", "val") and (key, row[key]) != ("step", str(last)):
+                words.append(f"{key} {row[key]}" if row[key].isdigit() else row[key])
+        named[" ".join(words)] = row
+    return named
+
+
+def show(row, stat):
+    """A row as text: mean ± standard deviation over seeds (none if it rounds to 0), or as `stat` says."""
+    values = [float(row[key]) if row[key] else None for key in row if key.startswith("seed ")]
+    mean = spread(values).removesuffix(" ± 0.00")
+    null = row["regrouped_95"] or row["null_95"]
+    null = f"{float(null):.2f}" if null else "-"
+    beyond = f"{row['beyond']}/{sum(value is not None for value in values)}"
+    if stat == "seeds":
+        return ", ".join("-" if value is None else f"{value:.3g}" for value in values)
+    return {None: mean, "null": null, "beyond": beyond, "all": f"{mean} ({null}; {beyond})"}[stat]
+
+
+def fill(text, *folders):
+    """The text with its numbers from FOLDER/*/numbers.csv, of each study from the last folder that has it.
+
+    Raises ValueError for a number that is not there.
+    """
+    tables = {}
+    for folder in folders:
+        for path in sorted(Path(folder).glob("*/numbers.csv")):
+            tables[path.parent.name] = read_table(path)
+
+    def look_up(study, name, stat, header=""):
+        study, name = study.replace("*", header), name.replace("*", header)
+        if name not in tables.get(study, {}):
+            raise ValueError(f"{study}/numbers.csv has no row {name!r}")
+        return show(tables[study][name], stat)
+
+    lines = []
+    header = None
+    for line in text.split("\n"):
+        cells = line.split("|")
+        if not line.startswith("|"):
+            header = None
+        elif header is None:                        # the first line of a table
+            header = [cell.strip(" `") for cell in cells]
+        of_all = re.search(COMMENT, cells[1]) if header else None
+        if of_all:
+            for i in range(2, len(cells) - 1):
+                if cells[i] != " – ":               # there is no such number
+                    cells[i] = f" {look_up(*of_all.groups(), header[i])} "
+            line = "|".join(cells)
+        else:
+            line = re.sub(f"{NUMBER}({COMMENT})", lambda m: look_up(*m.groups()[1:]) + m[1], line)
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def main():
+    """Write the numbers of a text anew, as the comments behind them say."""
+    flags = Flags(description=main.__doc__)
+    flags.add_argument("text", nargs="?", default="results/README.md", help="default: results/README.md")
+    flags.add_argument("--numbers", help="a folder with STUDY/numbers.csv that takes precedence")
+    flags.add_argument("--out", help="where to write (default: over the text)")
+    given = flags.parse_args()
+    text = Path(given.text)
+    folders = [text.parent] + [given.numbers] * bool(given.numbers)
+    write(given.out or text, fill(text.read_text(encoding="utf-8"), *folders))
+    print(f"{given.out or text} has its numbers from {' and '.join(map(str, folders))}")
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,0 +1,107 @@
+"""How fast is this project beside its first edition, transformers and scikit-learn? And how does it grow?
+
+    make speed          takes half an hour; nothing else should run meanwhile
+
+Three repetitions of everything, taken in turns, so that what slows the machine down slows down all alike.
+Writes runs/speed/speed.jsonl; examples/peer.py is the job of the default run, done with these libraries.
+"""
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from apply import as_rows, print_table, select
+from data import Flags, command_line, make_dataset
+from peer import make_gpt2
+from probe import kmeans, read_states
+from train import Config, make_model, make_targets, write_rows
+
+import torch
+import torch.nn.functional as F
+from sklearn.cluster import KMeans
+
+HERE = Path(__file__).parents[1]
+JOB = "{python} train.py --out {out} && {python} probe.py {out}"
+TRAIN = "{python} train.py --out {out} --n-tasks {n} --n-inputs 20 --n-outputs 40 --steps 100 --n-captures 2"
+PROBE = "{python} probe.py {out}"
+
+
+def run(command, where, **names):
+    """Seconds and peak memory in MiB of a shell command, started in a folder."""
+    begun = time.perf_counter()
+    process = subprocess.Popen(command.format(python=sys.executable, **names), shell=True, cwd=where,
+                               stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise ValueError(f"in {where}, this failed: {command}")
+    return time.perf_counter() - begun, usage.ru_maxrss / 1024
+
+
+def time_steps(network, logits_of, tokens, targets):
+    """Median milliseconds of a training step: forward, backward, AdamW."""
+    optimizer = torch.optim.AdamW(network.parameters(), 1e-3, fused=True)
+    times = []
+    for _ in range(60):
+        begun = time.perf_counter()
+        logits = logits_of(network(tokens[:, :-1]))
+        F.cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(1000 * (time.perf_counter() - begun))
+    return statistics.median(times)
+
+
+def time_kmeans(x, k, seed):
+    """Seconds of our k-means for all of x (G, N, C) and of scikit-learn's; our inertia in parts of theirs."""
+    begun = time.perf_counter()
+    ours = kmeans(x, k, seed=seed)[2]
+    between = time.perf_counter()
+    theirs = [KMeans(k, n_init=8, random_state=seed).fit(points).inertia_ for points in x.numpy()]
+    ended = time.perf_counter()
+    ratio = (ours / torch.tensor(theirs)).mean().item()
+    return {"this project": between - begun, "libraries": ended - between}, ratio
+
+
+def main():
+    """Time this project beside others, three times."""
+    flags = Flags(description=main.__doc__)
+    flags.add_argument("--first", required=True, help="folder with the first edition, commit 909407e")
+    flags.add_argument("--out", default="runs/speed", help="folder of the runs (default: runs/speed)")
+    given = flags.parse_args()
+    out = Path(given.out).absolute()
+    cfg = Config()
+    data = make_dataset(cfg)
+    tokens, targets = (x[:cfg.batch_size] for x in make_targets(cfg, data.splits["train"], "cpu"))
+    gpt2 = make_gpt2(cfg, len(data.vocabulary), tokens.shape[1])
+    rows = []
+    for seed in range(3):
+        name = f"{out}/{time.time_ns()}"                        # no run has it yet
+        job = {"this project": run(JOB, HERE, out=name)[0],
+               "first edition": run(JOB, given.first, out=f"{name}-first")[0],
+               "libraries": run("{python} examples/peer.py", HERE)[0]}
+        step = {"this project": time_steps(make_model(cfg, data), lambda out: out[0], tokens, targets),
+                "libraries": time_steps(gpt2, lambda out: out.logits, tokens, targets)}
+        x = read_states(name, [cfg.steps], "val/answer", len(data.splits["val"].instances))[0, 1:].float()
+        clustering, inertia = time_kmeans(x, 16, seed)
+        for measure, times in ("default run, s", job), ("step, ms", step), ("k-means, s", clustering):
+            for arm, value in times.items():
+                rows += as_rows({"seed": seed, "arm": arm}, {
+                    measure: value, f"{measure}, ratio": value / times["this project"]})
+        rows += as_rows({"seed": seed, "arm": "this project"}, {"inertia, ratio": inertia})
+        for n in 16, 32, 64, 128:
+            for measure, command in ("train", TRAIN), ("probe", PROBE):
+                seconds, memory = run(command, HERE, n=n, out=f"{name}-{n}")
+                rows += as_rows({"seed": seed, "arm": measure, "n_tasks": n}, {"s": seconds, "MiB": memory})
+        write_rows(out / "speed.jsonl", rows)
+    print_table("Beside others", select(rows, n_tasks=None), "measure")
+    for measure in "s", "MiB":
+        print_table(f"By number of tasks, {measure}", [
+            row for row in rows if "n_tasks" in row and row["measure"] == measure], "n_tasks")
+
+
+if __name__ == "__main__":
+    command_line(main)
