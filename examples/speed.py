@@ -5,7 +5,6 @@
 Three repetitions of everything, taken in turns, so that what slows the machine down slows down all alike.
 Writes runs/speed/speed.jsonl; examples/peer.py is the job of the default run, done with these libraries.
 """
-import os
 import statistics
 import subprocess
 import sys
@@ -26,19 +25,21 @@ from sklearn.cluster import KMeans
 
 HERE = Path(__file__).parents[1]
 JOB = "{python} train.py --out {out} && {python} probe.py {out}"
-TRAIN = "{python} train.py --out {out} --n-tasks {n} --n-inputs 20 --n-outputs 40 --steps 100 --n-captures 2"
-PROBE = "{python} probe.py {out}"
+# runs a script, then prints its peak memory; getrusage would count what it was forked from, too
+MEASURED = """{python} -c "import runpy, sys; del sys.argv[0]; sys.path[0] = ''
+runpy.run_path(sys.argv[0], run_name='__main__'); print(open('/proc/self/status').read())" """
+TRAIN = MEASURED + "train.py --out {out} --n-tasks {n} --n-inputs 20 --n-outputs 40 --steps 100 --n-captures 2"
+PROBE = MEASURED + "probe.py {out}"
 
 
 def run(command, where, **names):
-    """Seconds and peak memory in MiB of a shell command, started in a folder."""
+    """Seconds and output of a shell command, started in a folder."""
     begun = time.perf_counter()
-    process = subprocess.Popen(command.format(python=sys.executable, **names), shell=True, cwd=where,
-                               stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
+    done = subprocess.run(command.format(python=sys.executable, **names), shell=True, cwd=where,
+                          stdout=subprocess.PIPE, text=True)
+    if done.returncode:
         raise ValueError(f"in {where}, this failed: {command}")
-    return time.perf_counter() - begun, usage.ru_maxrss / 1024
+    return time.perf_counter() - begun, done.stdout
 
 
 def time_steps(network, logits_of, tokens, targets):
@@ -94,8 +95,9 @@ def main():
         rows += as_rows({"seed": seed, "arm": "this project"}, {"inertia, ratio": inertia})
         for n in 16, 32, 64, 128:
             for measure, command in ("train", TRAIN), ("probe", PROBE):
-                seconds, memory = run(command, HERE, n=n, out=f"{name}-{n}")
-                rows += as_rows({"seed": seed, "arm": measure, "n_tasks": n}, {"s": seconds, "MiB": memory})
+                seconds, printed = run(command, HERE, n=n, out=f"{name}-{n}")
+                peak = int(printed.split("VmHWM:")[1].split()[0]) / 1024            # of KiB
+                rows += as_rows({"seed": seed, "arm": measure, "n_tasks": n}, {"s": seconds, "MiB": peak})
         write_rows(out / "speed.jsonl", rows)
     print_table("Beside others", select(rows, n_tasks=None), "measure")
     for measure in "s", "MiB":
