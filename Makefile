@@ -93,6 +93,7 @@ speed: .venv/reads  ## time it beside its first edition, transformers and scikit
 	mkdir -p runs/first-edition && git archive 909407e | tar -x -C runs/first-edition
 	$(PY) examples/speed.py --first runs/first-edition
 	$(PY) examples/table.py runs/speed/speed.jsonl --out $(RESULTS)/speed/numbers.csv
+	$(PY) examples/table.py runs/speed/memory.jsonl --out $(RESULTS)/memory/numbers.csv
 
 figures: .venv/draws ## draw everything in runs/ (installs matplotlib)
 	$(PY) plot.py
