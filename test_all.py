@@ -2222,6 +2222,9 @@ def test_every_number_of_the_results_is_that_of_its_table(tmp_path):
     text.write_text("1<!--study: acc_ood-->")
     missing = subprocess.run([*command, "text.md"], cwd=tmp_path, capture_output=True, text=True)
     assert missing.returncode == 2 and missing.stderr == "error: study/numbers.csv has no row 'acc_ood'\n"
+    text.write_text("1<!--study: acc_val; mean-->")
+    wrong = subprocess.run([*command, "text.md"], cwd=tmp_path, capture_output=True, text=True)
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: '; mean' is in a comment")
     for kept in HERE / "README.md", HERE / "results" / "README.md":
         subprocess.run([*command, kept, "--numbers", HERE / "results", "--out", tmp_path / "again.md"], check=True)
         assert (tmp_path / "again.md").read_text() == kept.read_text() and "?<!--" not in kept.read_text()

@@ -49,9 +49,11 @@ def show(row, stat):
     null = row["regrouped_95"] or row["null_95"]
     null = f"{float(null):.2f}" if null else "-"
     beyond = f"{row['beyond']}/{sum(value is not None for value in values)}"
-    if stat == "seeds":
-        return ", ".join("-" if value is None else f"{value:.3g}" for value in values)
-    return {None: mean, "null": null, "beyond": beyond, "all": f"{mean} ({null}; {beyond})"}[stat]
+    each = ", ".join("-" if value is None else f"{value:.3g}" for value in values)
+    shown = {None: mean, "null": null, "beyond": beyond, "all": f"{mean} ({null}; {beyond})", "seeds": each}
+    if stat not in shown:
+        raise ValueError(f"'; {stat}' is in a comment, it may be {', '.join(filter(None, shown))}")
+    return shown[stat]
 
 
 def fill(text, *folders):
