@@ -67,7 +67,9 @@ results: .venv/draws ## everything in results/README.md, into runs/results; goes
 
 # runs/twins-3 is seed 3 of the study twins
 seed = $(lastword $(subst -, ,$*))
-runs/%/patch.jsonl:
+# named one by one: make would not remake, and would delete, files that only a pattern names
+RUNS := $(foreach s,default $(STUDIES),$(patsubst %,runs/$(s)-%/patch.jsonl,$(or $($(s).seeds),$(SEEDS))))
+$(RUNS): runs/%/patch.jsonl:
 	$(PY) train.py $($(*:%-$(seed)=%).flags) --seed $(seed) --out runs/$* $(if $(wildcard runs/$*/config.json),--resume)
 	$(PY) probe.py runs/$* --view raw centred
 	$(PY) probe.py runs/$* --patch
@@ -123,5 +125,4 @@ clean:           ## remove .venv, caches and the runs made by this file
 	touch $@
 
 .DEFAULT_GOAL := help
-.SECONDARY:                     # no run is deleted as intermediate
 .PHONY: always help train probe control quick facts apply scale smollm2 seeds results speed figures test clean

@@ -63,7 +63,7 @@ def fill(text, *folders):
     """
     tables = {}
     for folder in folders:
-        for path in sorted(Path(folder).glob("*/numbers.csv")):
+        for path in Path(folder).glob("*/numbers.csv"):
             tables[path.parent.name] = read_table(path)
 
     def look_up(study, name, stat, header=""):
@@ -101,6 +101,8 @@ def main():
     given = flags.parse_args()
     text = Path(given.text)
     folders = [text.parent] + [given.numbers] * bool(given.numbers)
+    if not [*Path(folders[-1]).glob("*/numbers.csv")]:
+        raise ValueError(f"{folders[-1]}: there is no STUDY/numbers.csv in it")
     write(given.out or text, fill(text.read_text(encoding="utf-8"), *folders))
     print(f"{given.out or text} has its numbers from {' and '.join(map(str, folders))}")
 
