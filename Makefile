@@ -68,14 +68,15 @@ results: .venv/draws ## everything in results/README.md, into runs/results; goes
 # runs/twins-3 is seed 3 of the study twins
 seed = $(lastword $(subst -, ,$*))
 # named one by one: make would not remake, and would delete, files that only a pattern names
-RUNS := $(foreach s,default $(STUDIES),$(patsubst %,runs/$(s)-%/patch.jsonl,$(or $($(s).seeds),$(SEEDS))))
+runs_of = $(patsubst %,runs/$(1)-%/patch.jsonl,$(or $($(1).seeds),$(SEEDS)))
+RUNS := $(foreach study,default $(STUDIES),$(call runs_of,$(study)))
 $(RUNS): runs/%/patch.jsonl:
 	$(PY) train.py $($(*:%-$(seed)=%).flags) --seed $(seed) --out runs/$* $(if $(wildcard runs/$*/config.json),--resume)
 	$(PY) probe.py runs/$* --view raw centred
 	$(PY) probe.py runs/$* --patch
 
 .SECONDEXPANSION:
-$(RESULTS)/%/numbers.csv: $$(foreach seed,$$(or $$($$*.seeds),$(SEEDS)),runs/$$*-$$(seed)/patch.jsonl)
+$(RESULTS)/%/numbers.csv: $$(call runs_of,$$*)
 	$(call draw,$(^D))
 
 $(RESULTS)/scale/numbers.csv: scale

@@ -100,7 +100,9 @@ def main():
     flags.add_argument("--out", help="where to write (default: over the text)")
     given = flags.parse_args()
     text = Path(given.text)
-    folders = [text.parent] + [given.numbers] * bool(given.numbers)
+    folders = [text.parent]
+    if given.numbers:
+        folders.append(given.numbers)
     if not [*Path(folders[-1]).glob("*/numbers.csv")]:
         raise ValueError(f"{folders[-1]}: there is no STUDY/numbers.csv in it")
     write(given.out or text, fill(text.read_text(encoding="utf-8"), *folders))

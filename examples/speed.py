@@ -98,7 +98,8 @@ def main():
                 seconds, printed = run(command, HERE, n=n, out=f"{name}-{n}")
                 peak = int(printed.split("VmHWM:")[1].split()[0]) / 1024            # of KiB
                 rows += as_rows({"seed": seed, "arm": measure, "n_tasks": n}, {"s": seconds})
-                memory += as_rows({"arm": measure, "n_tasks": n}, {"MiB": peak} if seed == 0 else {})
+                if seed == 0:                                   # memory of one repetition only
+                    memory += as_rows({"arm": measure, "n_tasks": n}, {"MiB": peak})
         write_rows(out / "speed.jsonl", rows)
         write_rows(out / "memory.jsonl", memory)
     print_table("Beside others", select(rows, n_tasks=None), "measure")
