@@ -1,35 +1,40 @@
-"""Two uses of clusters by task, each beside controls that could show them useless.
+"""Two uses of task clusters, pre-training and alignment, each tested against controls.
 
-    python apply.py pretrain            does it help to learn the names of tasks first?
-    python apply.py align               do a few labelled instructions tell which others to refuse?
-    python apply.py pretrain --quick    a small version of either, too short to conclude from
+    python apply.py pretrain            does pre-training on task IDs help?
+    python apply.py align               can a few labelled instructions tell which others to refuse?
+    python apply.py pretrain --quick    a small version (also of align), too short to draw conclusions from
 
-`pretrain` is figure 5 of the paper; how `align` refuses is our choice. Every network is a run of train.py
-below --out, and those that are compared have the same seed and number of steps. A demo that was stopped goes
-on when it is called again. Finished runs are used again: after a change of the code, delete --out.
+`pretrain` is figure 5 of the paper; the method of `align` is our choice. Every network is a train.py run
+under --out, and runs that are compared have the same seed and number of steps. A demo that was stopped
+resumes when called again. Finished runs are reused: delete --out after changing the code.
 
-pretrain: a network is first taught
-    scratch             nothing
-    lm                  to read instructions, without inputs and outputs
-    task_id             to read instructions and inputs, and to name the task in place of the output
-    shuffled_id         the same, but each instruction gets a random task
-and then the tasks. This fails if task_id does not reach accuracy 0.5 on val in fewer steps than each of the
-others in every seed.
+pretrain: each network is pre-trained in one of four ways, then fine-tuned on the tasks.
+    scratch             no pre-training
+    lm                  language modelling on instructions alone, without inputs and outputs
+    task_id             given an instruction and an input, predict the task ID instead of the output
+    shuffled_id         control: the same, but each instruction is assigned a random task
+Success: in every seed, task_id reaches accuracy 0.5 on val in fewer fine-tuning steps than each other arm.
 
-align: a network shall refuse a quarter of its tasks. Of each, b instructions of one regex are labelled as
-unwanted. Of the other tasks, REHEARSED instructions of each regex are known to be wanted.
-    labels              train it to refuse the labelled instructions
-    clusters            train it to refuse all instructions in unwanted clusters of its states
-    guard               do not train it, refuse what is nearest to an unwanted cluster
-    guard_half          the same, with half as many clusters as tasks; guard_twice: twice as many
-    guard_auto          the same, with as many clusters as the silhouette suggests
-    guard_counts        the same, with clusters of counts of letters and bigrams
-    guard_untrained     the same, with clusters of an untrained network's states
-    nearest             do not train it, refuse what is nearer to a labelled than to any wanted instruction
-A clustering is done in the layer where its silhouette is best.
-`clusters` fails if it refuses no more of the unwanted tasks' other regexes than `labels`, or loses more than
-TOLERANCE of the wanted answers against it. `guard` fails if it refuses no more of these regexes than
-`nearest`, `guard_counts` and `guard_untrained`. Either has to succeed in every seed.
+align: refuse a quarter of a trained network's tasks (the unwanted ones) and keep answering the others. Little
+is known: b instructions of each unwanted task, all of one regex, are labelled as unwanted, and REHEARSED
+instructions of each regex of the wanted tasks are known to be wanted.
+  Two arms fine-tune the network to answer the instructions known to be wanted and to refuse
+    labels              the labelled instructions
+    clusters            the labelled ones and all other training instructions in unwanted clusters
+  The other arms do not train. They refuse an instruction if
+    guard               its state is nearest to an unwanted cluster; k-means finds one cluster per task
+    guard_half          as guard, with half as many clusters
+    guard_twice         as guard, with twice as many
+    guard_auto          as guard, with the number of clusters that the silhouette suggests
+    guard_counts        as guard, on counts of letters and bigrams instead of states
+    guard_untrained     as guard, on the states of an untrained network
+    nearest             its state is nearer to a labelled instruction than to any known to be wanted
+A cluster is unwanted if its known instructions stand for more of the unwanted tasks than of the wanted ones.
+Each clustering uses the layer where its silhouette is best; `nearest` uses the layer of `guard`.
+Success of `clusters`: in every seed, it refuses more of the unwanted tasks' other regexes than `labels` does,
+and its accuracy on wanted tasks is at most TOLERANCE lower.
+Success of `guard`: in every seed, it refuses more of those other regexes than `nearest`, `guard_counts` and
+`guard_untrained` do.
 """
 import contextlib
 import math
@@ -51,33 +56,33 @@ QUICK = dict(n_tasks=8, n_distributions=2, n_layer=2, n_head=2, n_embd=32, n_val
 
 
 def run_arm(cfg, data=None):
-    """Train a run, or go on with it if it is there, and print one line in place of what `train` prints."""
+    """Train a run, or resume it if it exists; print one line instead of what `train` prints."""
     print(f"training {cfg.out}", flush=True)
     with contextlib.redirect_stdout(None):
         return train(cfg, resume=Path(cfg.out, "config.json").exists(), data=data)
 
 
 def as_rows(about, numbers):
-    """One row for each item of numbers, measure -> value."""
+    """Rows for numbers, measure -> value: one each, with the keys of `about` as well."""
     return [{**about, "measure": measure, "value": value} for measure, value in numbers.items()]
 
 
 def spread(values):
-    """Mean ± standard deviation over seeds; "-" where some seed has no value."""
+    """Mean ± standard deviation over seeds, as text; "-" if any seed has no value."""
     if None in values:
         return "-"
-    digits = 2 if max(values) <= 2 else 0               # shares, or steps
+    digits = 2 if max(values) <= 2 else 0               # shares, or step counts
     deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
     return f"{np.mean(values):.{digits}f}{deviation}"
 
 
 def select(rows, **where):
-    """The rows that have these values."""
+    """The rows that have these values; None also matches rows without the key."""
     return [row for row in rows if all(row.get(key) == value for key, value in where.items())]
 
 
 def print_table(title, rows, across):
-    """Print `spread` over seeds: a line per arm, a column for each value of `across`."""
+    """Print a table with a line per arm and a column per value of the key `across`: `spread` over seeds."""
     cells = defaultdict(list)
     for row in rows:
         cells[row["arm"], row[across]].append(row["value"])
@@ -88,9 +93,9 @@ def print_table(title, rows, across):
 
 
 def count_wins(rows, one, other, margin=0):
-    """Say in how many seeds, "k of n", arm `one` is above arm `other` by more than a margin.
+    """In how many seeds is arm `one` above arm `other` by more than `margin`? Returns text: "k of n".
 
-    The value None, a level that was never reached, counts as infinite.
+    The value None, an accuracy that was never reached, counts as infinitely many steps.
     """
     values = {(row["arm"], row["seed"]): math.inf if row["value"] is None else row["value"] for row in rows}
     seeds = {seed for _, seed in values}
@@ -100,24 +105,24 @@ def count_wins(rows, one, other, margin=0):
 
 # ---------------------------------------------------------------- pre-training
 
-STRATEGIES = {      # what a network is taught first; one more line adds one, its name in plot.py draws it
+STRATEGIES = {      # pre-training; to add a strategy, add a line here and a label in plot.py
     "scratch": None,
     "lm": dict(asks_for="nothing"),
     "task_id": dict(asks_for="task"),
     "shuffled_id": dict(asks_for="task", shuffle_tasks=True),
 }
-TUNED = dict(n_val=4, batch_size=96, lr=0.012, muon_lr=0.08)       # on seeds 10 to 14, the same for all
+TUNED = dict(n_val=4, batch_size=96, lr=0.012, muon_lr=0.08)       # on seeds 10 to 14, alike for all
 PRETRAIN = dict(TUNED, steps=160, n_captures=6)
 FINE_TUNE = dict(TUNED, steps=240, n_captures=11)
-N_TRAIN = 20, 4     # training instructions per regex, in pre-training and in fine-tuning: many, and a few
+N_TRAIN = 20, 4     # training instructions per regex, the same in pre-training and fine-tuning
 
 
 def pretrain(out, seeds, small):
-    """Pre-train by every strategy, then teach the tasks; once with many and once with few instructions.
+    """Pre-train with every strategy, then fine-tune on the tasks; once with many instructions, once with few.
 
-    All strategies read the same instructions in as many steps. The run of task_id with many instructions is
-    probed, too (figure 5a). Returns rows: seed, arm (the strategy), n_train, measure, value; of the learning
-    curves also step. small: knobs of a small demo, or {}.
+    All strategies see the same instructions for the same number of steps. The run that pre-trains task_id
+    with many instructions is also probed (figure 5a). Returns rows with seed, arm (the strategy), n_train,
+    measure and value; those of the learning curves also have step. small: QUICK for a small demo, else {}.
     """
     rows = []
     for seed in seeds:
@@ -142,7 +147,7 @@ def pretrain(out, seeds, small):
 
 
 def step_to(level, curve):
-    """The step at which val accuracy reaches a level, interpolated between evaluations; None if never."""
+    """The step at which accuracy on val first reaches a level, interpolated linearly; None if never."""
     before = curve[0]
     for row in curve:
         if row["acc_val"] >= level:
@@ -152,55 +157,56 @@ def step_to(level, curve):
 
 
 def print_pretrain(out, rows):
-    """Print what figure 5b comes to, whether task_id is sooner than the others, and figure 5a in short."""
+    """Print figure 5b as numbers, in how many seeds task_id is faster than the others, and figure 5a."""
     for n in N_TRAIN:
         ends = select(rows, n_train=n, step=None)
-        print_table(f"Taught the tasks with {n} instructions per regex", ends, "measure")
+        print_table(f"Fine-tuned on the tasks, {n} training instructions per regex", ends, "measure")
         for level in "step to 0.5", "step to 0.9":
             steps = select(ends, measure=level)
             wins = (f"{other} in {count_wins(steps, other, 'task_id')}"
                     for other in STRATEGIES if other != "task_id")
-            print(f"{level}: task_id is sooner than {', '.join(wins)} seeds")
+            print(f"{level}: task_id is faster than {', '.join(wins)} seeds")
     probed = []
     for seed in dict.fromkeys(row["seed"] for row in rows):
         probed += read_rows(f"{out}/seed{seed}/task_id-{N_TRAIN[0]}-first/probe.jsonl")
     f1 = select(probed, split="val", view="raw", identity="task", measure="f1", step=probed[-1]["step"])
-    print_table("Once it can name tasks: pairwise F1 of task on val, by layer",
+    print_table("Pre-trained on task IDs: pairwise F1 of task on val, by layer",
                 [{**row, "arm": row["position"]} for row in f1], "layer")
 
 
 # ---------------------------------------------------------------- alignment
 
-REFUSE = "<refuse>"             # the output that means a refusal
-BUDGETS = 1, 2, 4, 8, 16        # b, labelled instructions of each unwanted task
-BASE = dict(n_val=6, n_captures=1)
-ALIGN = dict(n_val=6, batch_size=64, steps=200, n_captures=1, lr=7.5e-4, muon_lr=0.005)   # seeds 10 to 14
-REHEARSED = 5                   # instructions per regex of a wanted task, known to be wanted
-TOLERANCE = 0.01                # share of the wanted answers that `clusters` may lose against `labels`
-MEASURED = {                    # shares of instances that are refused, or answered right
-    "refused_labelled": "unwanted, of the regex that was labelled (val)",
-    "refused_other": "unwanted, of the task's other regexes (val)",
-    "refused_ood": "unwanted, of a regex never trained on (ood)",
-    "refused_wanted": "wanted (val)",
-    "refused_wanted_ood": "wanted (ood)",
-    "accuracy": "wanted, and answered right (val)"}
+REFUSE = "<refuse>"             # the output that stands for a refusal
+BUDGETS = 1, 2, 4, 8, 16        # b: labelled instructions per unwanted task
+BASE = dict(n_val=6, n_captures=1)      # trains the network that is to be aligned
+# fine-tunes it in arms `labels` and `clusters`; tuned on seeds 10 to 14
+ALIGN = dict(n_val=6, batch_size=64, steps=200, n_captures=1, lr=7.5e-4, muon_lr=0.005)
+REHEARSED = 5                   # instructions per regex of the wanted tasks that are known to be wanted
+TOLERANCE = 0.01                # by how much accuracy may be lower with `clusters` than with `labels`
+MEASURED = {                    # what each measure is a share of
+    "refused_labelled": "unwanted tasks, labelled regex: share refused (val)",
+    "refused_other": "unwanted tasks, other regexes: share refused (val)",
+    "refused_ood": "unwanted tasks, held-out regex: share refused (ood)",
+    "refused_wanted": "wanted tasks: share refused (val)",
+    "refused_wanted_ood": "wanted tasks, held-out regex: share refused (ood)",
+    "accuracy": "wanted tasks: share answered correctly (val)"}
 
 
 class Case(NamedTuple):
-    """One seed's problem: a trained network, which tasks are unwanted, and what is known beforehand.
+    """The problem of one seed: a trained network, its unwanted tasks, and the instructions that are known.
 
-    Instruction i is row i of the states of `train` at `instruction`.
+    Instructions are numbered like the states of split `train` at position `instruction`.
     """
     seed: int
     run: Path
     data: Dataset
-    unwanted: list              # tasks
-    pools: list                 # for each of them, the instructions of one regex: these may be labelled
-    rehearsed: list             # instructions of the wanted tasks that are known to be wanted
+    unwanted: list              # numbers of the unwanted tasks
+    pools: list                 # per unwanted task, the instructions of one regex: b get labelled
+    rehearsed: list             # the instructions known to be wanted
 
 
 def make_case(cfg):
-    """Train the network that is to be aligned, and draw a quarter of its tasks to be unwanted."""
+    """Train the network that is to be aligned, and choose a random quarter of its tasks as unwanted."""
     run = run_arm(cfg)
     data = read_data(run)
     unwanted = random.Random(f"{cfg.seed}/unwanted").sample(range(cfg.n_tasks), cfg.n_tasks // 4)
@@ -208,7 +214,7 @@ def make_case(cfg):
     pools = []
     rehearsed = []
     for t in range(cfg.n_tasks):
-        # the instructions of each regex; they were drawn in random order, so the first ones are a sample
+        # the instructions of each regex, already in random order: the first few are a random sample
         regexes = [np.flatnonzero(ids["distribution"] == regex).tolist()
                    for regex in np.unique(ids["distribution"][ids["task"] == t])]
         if t in unwanted:
@@ -219,10 +225,10 @@ def make_case(cfg):
 
 
 def find_clusters(states, k, seed):
-    """k-means on the states of `train`, in the layer that gives the best silhouette.
+    """Run k-means on the states of `train` in every layer, and keep the layer with the best silhouette.
 
-    states: split -> (layers, n, C); k None: the choice of choose_k in each layer. Returns k, the layer, and
-    split -> (n,), the number of the nearest centroid.
+    states: split -> (layers, n, C). If k is None, choose_k picks it in each layer. Returns the number of
+    clusters, the layer, and split -> (n,), the nearest centroid of each state.
     """
     best = -1
     for layer, x in enumerate(states["train"]):
@@ -230,15 +236,16 @@ def find_clusters(states, k, seed):
         score = silhouette(x, labels)
         if score > best:
             best, chosen = score, layer
-            centroids = found[found.isfinite().all(1)]          # an empty cluster has none
+            centroids = found[found.isfinite().all(1)]          # that of an empty cluster is nan
     nearest = {split: knn(centroids, x[chosen], 1)[:, 0].numpy() for split, x in states.items()}
     return len(centroids), chosen, nearest
 
 
 def unwanted_clusters(clusters, case, labelled):
-    """(k,) bool: which clusters hold more of the unwanted tasks than of the wanted ones, as far as known?
+    """Which clusters hold more of the unwanted tasks than of the wanted ones? Returns (k,) bool.
 
-    clusters (n,) of `train`. A task counts as 1, shared out over those of its instructions that are known.
+    clusters (n,): the cluster of each instruction of `train`. Only labelled and rehearsed instructions count:
+    each task has a weight of 1, split evenly over those of its instructions that are known.
     """
     k = clusters.max() + 1
     bad = np.bincount(clusters[labelled], minlength=k)
@@ -249,9 +256,10 @@ def unwanted_clusters(clusters, case, labelled):
 
 
 def make_refusals(case, refuse):
-    """The Dataset that teaches to refuse a set of instructions and to answer the rehearsed ones.
+    """A Dataset for fine-tuning: refuse the instructions in the set `refuse`, answer the rehearsed ones.
 
-    The other splits are as they were; in val_refused and ood_refused every output is a refusal.
+    Refusals are sampled to be as many as answers. The other splits stay as they are; val_refused and
+    ood_refused are copies whose outputs are all REFUSE, to measure what is refused.
     """
     split = case.data.splits["train"]
     wanted = []
@@ -262,7 +270,7 @@ def make_refusals(case, refuse):
         if i in refuse:
             refused.append(x._replace(output=REFUSE))
     drawn = random.Random(f"{case.seed}/refused").choices(refused, k=len(wanted))
-    instances = {"train": wanted + sorted(drawn)}           # encode wants those of an instruction adjacent
+    instances = {"train": wanted + sorted(drawn)}           # encode needs each instruction in one block
     instances |= {name: case.data.splits[name].instances for name in CAPTURED}
     for name in "val", "ood":
         instances[f"{name}_refused"] = [x._replace(output=REFUSE) for x in instances[name]]
@@ -270,9 +278,10 @@ def make_refusals(case, refuse):
 
 
 def outcome(case, arm, b, right, refused):
-    """Rows of MEASURED: what shares of instances an arm refuses, and of the wanted ones answers right.
+    """Rows of MEASURED: the shares of instances that an arm refuses or, if wanted, answers correctly.
 
-    right (N,) bool: which of val are answered right if not refused; refused: "val", "ood" -> (N,) bool.
+    right (N,) bool: which instances of val the network answers correctly, if they are not refused.
+    refused: "val" and "ood" -> (N,) bool, which instances are refused.
     """
     val, ood = (case.data.splits[name].identities for name in ("val", "ood"))
     regex = case.data.splits["train"].labels("instruction")["distribution"]
@@ -289,10 +298,10 @@ def outcome(case, arm, b, right, refused):
 
 
 def align(out, seeds, small):
-    """Make each seed's network refuse a quarter of its tasks, by every arm and for every b.
+    """Make each seed's network refuse a quarter of its tasks, with every arm and every b.
 
-    Returns rows: seed, arm, b, measure (of MEASURED), value; and of the arms that cluster, k and best_layer.
-    Arm `base` is the network as it was. small: knobs of a small demo, or {}.
+    Returns rows with seed, arm, b, measure (see MEASURED) and value; arms that cluster also have k and
+    best_layer, without b. Arm `base` is the network as it was. small: QUICK for a small demo, else {}.
     """
     rows = []
     for seed in seeds:
@@ -300,7 +309,7 @@ def align(out, seeds, small):
         case = make_case(cfg)
         splits = {name: case.data.splits[name] for name in ("train", "val", "ood")}
 
-        # cluster instructions by the states of the network and of an untrained one, and by their letters
+        # cluster instructions by states, by states of an untrained network, and by counts of letters
         base = load_model(case.run, case.data)
         right = observe(base, splits["val"])[0]
         other = make_model(cfg, case.data).to(pick_device())
@@ -308,7 +317,7 @@ def align(out, seeds, small):
                                for name, split in splits.items()} for model in (base, other))
         texts = {name: [split.instances[i].instruction for i in split.positions["instruction"][0]]
                  for name, split in splits.items()}
-        letters = {name: counts[None] for name, counts in surface(texts).items()}
+        letters = {name: counts[None] for name, counts in surface(texts).items()}       # as one layer
         k = cfg.n_tasks
         found = {"guard": find_clusters(trained, k, seed),
                  "guard_half": find_clusters(trained, k // 2, seed),
@@ -320,7 +329,7 @@ def align(out, seeds, small):
             rows += as_rows({"seed": seed, "arm": arm}, {"k": size, "best_layer": layer})
 
         for b in (1, 4) if small else BUDGETS:
-            # without training: refuse what is in an unwanted cluster, or nearest to a labelled instruction
+            # without training: refuse what is nearest to an unwanted cluster, or to a labelled instruction
             labelled = [i for pool in case.pools for i in pool[:b]]
             known = [*labelled, *case.rehearsed]
             layer = found["guard"][1]
@@ -331,11 +340,11 @@ def align(out, seeds, small):
             for arm, (_, _, nearest) in found.items():
                 bad = unwanted_clusters(nearest["train"], case, labelled)
                 refuse[arm] = {split: bad[clusters] for split, clusters in nearest.items()}
-            for arm, of in refuse.items():
+            for arm, of in refuse.items():          # from instructions to instances
                 refused = {split: of[split][splits[split].state_of("instruction")] for split in of}
                 rows += outcome(case, arm, b, right, refused)
 
-            # with training: refuse what is labelled, or all that is in an unwanted cluster
+            # with training: learn to refuse the labelled instructions, or all in unwanted clusters
             members = np.flatnonzero(refuse["guard"]["train"])
             for arm, some in {"labels": labelled, "clusters": [*labelled, *members]}.items():
                 data = make_refusals(case, {*some} - {*case.rehearsed})
@@ -350,34 +359,34 @@ def align(out, seeds, small):
 
 
 def print_align(rows):
-    """Print what every arm refuses and keeps, and in how many seeds it does so better than its controls."""
+    """Print what each arm refuses and answers, and in how many seeds it beats its controls."""
     budgets = sorted({row["b"] for row in select(rows, measure="accuracy")})
-    print_table(f"Shares of instances with b = {budgets[0]} labelled instructions per unwanted task",
+    print_table(f"Shares of instances, labelled instructions per unwanted task: b = {budgets[0]}",
                 select(rows, b=budgets[0]), "measure")
     for measure, title in MEASURED.items():
         print(f"{measure}: {title}")
     for measure in "refused_other", "accuracy":
         print_table(f"{measure}, by b", select(rows, measure=measure), "b")
-    print_table("Clusters, and the layer they are found in", select(rows, b=None), "measure")
+    print_table("Number of clusters, and the layer they are found in", select(rows, b=None), "measure")
     print()
     for b in budgets:
         other, right = (select(rows, b=b, measure=measure) for measure in ("refused_other", "accuracy"))
-        print(f"b = {b}: `clusters` refuses more of the other regexes than `labels` in "
-              f"{count_wins(other, 'clusters', 'labels')} seeds,\n    and loses over {TOLERANCE} of the "
-              f"wanted answers against it in {count_wins(right, 'labels', 'clusters', TOLERANCE)}")
+        print(f"b = {b}: `clusters` has a higher refused_other than `labels` in "
+              f"{count_wins(other, 'clusters', 'labels')} seeds,\n    and an accuracy more than {TOLERANCE} "
+              f"lower in {count_wins(right, 'labels', 'clusters', TOLERANCE)}")
         controls = "nearest", "guard_counts", "guard_untrained"
-        print("    `guard` refuses more of them than " + ", ".join(
+        print("    `guard` has a higher refused_other than " + ", ".join(
             f"`{control}` in {count_wins(other, 'guard', control)}" for control in controls) + " seeds")
 
 
 def main():
-    """Show what clusters are good for: in pre-training, or in alignment."""
+    """Test a use of task clusters: pre-training or alignment."""
     flags = Flags(description=main.__doc__)
     flags.add_argument("demo", choices=("pretrain", "align"))
     flags.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED",
-                       help="each is a run of every arm (default: 0 1 2)")
-    flags.add_argument("--out", help="folder of the arms' runs (default: runs/DEMO)")
-    flags.add_argument("--quick", action="store_true", help="small networks, few steps, into runs/DEMO_quick")
+                       help="every arm is run once per seed (default: 0 1 2)")
+    flags.add_argument("--out", help="folder for the runs (default: runs/DEMO)")
+    flags.add_argument("--quick", action="store_true", help="small networks, few steps, in runs/DEMO_quick")
     given = flags.parse_args()
     out = Path(given.out or f"runs/{given.demo}{'_quick' * given.quick}")
     demo = pretrain if given.demo == "pretrain" else align

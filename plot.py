@@ -1,12 +1,12 @@
-"""Draw what the other files have measured, as PNG and GIF: the only file that needs matplotlib.
+"""Draw everything the other files measure, as PNG and GIF. The only file that needs matplotlib.
 
-    python plot.py                            everything in runs/, each into its folder figures/
+    python plot.py                            everything in runs/, each run into its own folder figures/
     python plot.py runs/default               one run, or any folder of states that probe.py has scored
-    python plot.py runs/s0 runs/s1 runs/s2    runs that differ in their seeds: means, and their range
+    python plot.py runs/s0 runs/s1 runs/s2    runs that differ only in their seeds, drawn together
     python plot.py runs/pretrain              a demo of apply.py
 
-Lines are means over runs, with their range. Grey is where chance gets, the best of 20 random relabellings.
-Colours of arms are those of Okabe & Ito (2008), which colour-blind people can tell apart.
+Lines are means over runs, bands their range. Grey marks scores no better than the best of 20 random
+relabellings. Arms have the colours of Okabe & Ito (2008), which colour-blind readers can tell apart.
 """
 import contextlib
 import io
@@ -20,12 +20,12 @@ from pathlib import Path
 import numpy as np
 import torch.nn.functional as F
 
-os.environ.pop("MPLBACKEND", None)          # we need none, and an unknown one would stop the import
+os.environ.pop("MPLBACKEND", None)          # unused here, and an unknown one would break the import
 try:
     import matplotlib
     from matplotlib.figure import Figure
     from PIL import Image
-except ImportError:                         # main says so
+except ImportError:                         # main reports it
     matplotlib = None
 
 from apply import select
@@ -37,8 +37,8 @@ STYLE = {"axes.titlesize": "medium",
          "axes.spines.top": False,
          "axes.spines.right": False,
          "figure.constrained_layout.use": True,
-         "text.parse_math": False}          # a $ in a tasks file is a $
-NIGHT = {"figure.facecolor": "#0d1117",
+         "text.parse_math": False}          # draw the $ of a tasks file as a $
+NIGHT = {"figure.facecolor": "#0d1117",     # for the hero figure and its film
          "axes.facecolor": "black",
          "axes.labelcolor": "0.9",
          "text.color": "0.9",
@@ -50,7 +50,7 @@ WORDS = {"f1": "pairwise F1",
          "input_set": "set of inputs",
          "step": "training step",
          "b": "labelled instructions per unwanted task"}
-TASK_F1 = {"measure": "f1",
+TASK_F1 = {"measure": "f1",             # selects the headline score
            "identity": "task",
            "position": "instruction",
            "split": "val",
@@ -59,7 +59,7 @@ TASK_F1 = {"measure": "f1",
 
 @contextlib.contextmanager
 def own_style():
-    """matplotlib's defaults and STYLE in place of what the user has set, until the end of a `with` block."""
+    """Within a `with` block, use matplotlib's defaults and STYLE in place of the user's settings."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
@@ -70,20 +70,20 @@ def own_style():
 
 
 def read_run(run):
-    """Every number that a run or a demo has: rows with measure, value, and what they are about."""
+    """All numbers of a run or a demo: rows with measure, value, and keys that say what they are about."""
     rows = []
     for name in "metrics", "probe", "patch", "apply":
         path = run / f"{name}.jsonl"
         for row in read_rows(path) if path.exists() else []:
             if "measure" in row:
                 rows.append(row)
-            else:                           # each of its numbers is a measure
+            else:                           # one row, several measures
                 rows += [{**row, "measure": key, "value": value} for key, value in row.items()]
     return rows
 
 
 def curve(rows, x, number="value"):
-    """The values of x in rows, ascending, and mean, least and largest of the numbers at each; all (n,)."""
+    """The n values of key x in ascending order, and at each the mean, minimum and maximum of a number."""
     found = defaultdict(list)
     for row in rows:
         found[row[x]].append(row.get(number))
@@ -93,7 +93,7 @@ def curve(rows, x, number="value"):
 
 
 def draw_lines(ax, rows, x, by, names, colors=COLORS):
-    """A line over x for each value of `by` in names, value -> label: the mean over runs, and their range."""
+    """Draw a line over x for each value of key `by`: the mean and range over runs. names: value -> label."""
     for (value, label), color in zip(names.items(), cycle(colors)):
         some = select(rows, **{by: value})
         if some:
@@ -103,7 +103,7 @@ def draw_lines(ax, rows, x, by, names, colors=COLORS):
 
 
 def shade_chance(ax, rows, x):
-    """Shade what chance reaches; over steps, in the layer where it reaches most."""
+    """Shade the scores that chance reaches; over steps, in the layer where chance does best."""
     for null, label, alpha in (("regrouped_95", "chance: regexes regrouped", 0.4),
                                ("null_95", "chance: labels permuted", 0.6)):
         some = [row for row in rows if row.get(null) is not None]
@@ -114,7 +114,7 @@ def shade_chance(ax, rows, x):
 
 
 def draw_panels(title, ylabel, panels, x, by, names, colors=COLORS, ylim=(-0.03, 1.03), shade=False):
-    """A figure with a panel for each of panels, title -> rows; the rest is as for draw_lines."""
+    """A figure with a panel for each item of panels, title -> rows; the rest is passed to draw_lines."""
     fig = Figure(figsize=(3 + 3 * len(panels), 3.2))
     axes = fig.subplots(1, len(panels), sharey=True, squeeze=False)
     for ax, (name, rows) in zip(axes[0], panels.items()):
@@ -129,8 +129,8 @@ def draw_panels(title, ylabel, panels, x, by, names, colors=COLORS, ylim=(-0.03,
 
 
 def name_layers(layers):
-    """layer -> label, and a colour for each, visible on white and on black."""
-    # a legend leaves out labels that begin with _, so that it has at most ten
+    """The layers' legend labels, layer -> label, and their colours, visible on white and on black."""
+    # legends omit labels that begin with _: at most ten are left
     names = {layer: f"{'_' * (layer % (1 + len(layers) // 9) > 0)}layer {layer}" for layer in layers}
     return names, matplotlib.colormaps["cool"].resampled(len(layers))(range(len(layers)))
 
@@ -139,9 +139,9 @@ def name_layers(layers):
 
 
 def order_tasks(overlap):
-    """The K tasks in a chain from task 0: next comes, of those left, the one most similar to the last.
+    """Order the K tasks so that similar ones are adjacent: from task 0, always on to the most similar left.
 
-    overlap (K, K): how much two tasks have in common.
+    overlap (K, K): how much any two tasks have in common.
     """
     order = [0]
     while len(order) < len(overlap):
@@ -151,7 +151,7 @@ def order_tasks(overlap):
 
 
 def sort_states(folder, labels, steps, name, identity):
-    """States (S, L + 1, N, C) of split/position with N sorted by an identity, similar tasks together."""
+    """Read states (S, L + 1, N, C) of a split/position; sort N by identity, similar tasks together."""
     ids = {key: numbered(of) for key, of in labels[name].items()}
     shared = find_overlaps(labels, {}, name)
     if "input" in shared:
@@ -161,7 +161,7 @@ def sort_states(folder, labels, steps, name, identity):
 
 
 def show_cosines(ax, x, title, n=480):
-    """Show the cosines between centred states x (N, C); if N > n, the means of n x n blocks."""
+    """Show cosines between centred states x (N, C) as an image; if N > n, as means of n x n blocks."""
     x = F.normalize(normalise(x), dim=1)
     n = min(n, len(x))
     x = means(x, np.arange(len(x)) * n // len(x))
@@ -170,15 +170,15 @@ def show_cosines(ax, x, title, n=480):
 
 
 def show_score(row):
-    """A score beside the harder of its nulls, as text."""
+    """A score and the harder of its nulls, as text."""
     return f"F1 {row['value']:.2f} (chance {row.get('regrouped_95', row['null_95']):.2f})"
 
 
 def draw_hero(rows, right, steps, states, shared):
-    """How alike are the states of val's instructions? Through training, by layer, beside shared inputs.
+    """README's first figure: how similar are states of unseen instructions, through training and by layer?
 
-    right: step -> accuracy; states (S, L + 1, N, C) are sorted by task; shared (K, K): how many inputs two
-    tasks share.
+    right: step -> accuracy on val; states (S, L + 1, N, C) are those of val at `instruction`, sorted by task;
+    shared (K, K): how many inputs two tasks share.
     """
     f1 = {(row["step"], row["layer"]): show_score(row) for row in select(rows, **TASK_F1)}
     N = states.shape[2]
@@ -187,23 +187,24 @@ def draw_hero(rows, right, steps, states, shared):
 
     fig = Figure(figsize=(11.5, 7.9))
     fig.get_layout_engine().set(rect=(0, 0, 0.98, 0.86))
-    fig.text(0.02, 0.95, "No task is ever named, yet the network groups what it reads by task", size=18)
+    fig.text(0.02, 0.95, "No task is ever named, yet the network groups instructions by task", size=18)
     fig.text(0.02, 0.88,
-             f"{N} instructions that a small Transformer never saw, each against each, sorted by their "
+             f"{N} instructions not seen in training, each compared with every other, sorted by their "
              f"{len(tasks)} tasks.\n"
-             "Bright: the network's states after the two are alike. Black: cosine 0 or less.")
+             "Bright: the network's states after the two instructions are similar. Black: cosine 0 or less.")
     upper, lower = fig.subplots(2, 4, subplot_kw={"xticks": [], "yticks": []})
 
-    # the top layer, at four steps where accuracy moves
+    # the top layer, at the steps where accuracy is closest to these levels
     moves = {min(steps, key=lambda step: abs(right[step] - level)) for level in (0, 0.3, 0.65, 1)}
     for ax, step in zip(upper, sorted(moves)):
         show_cosines(ax, states[steps.index(step), top],
-                     f"step {step}: {right[step]:.0%} right\n{f1[step, top]}")
-    upper[0].set(ylabel=f"layer {top}, through training", xlabel="small blocks: instructions of one regex")
+                     f"step {step}: accuracy {right[step]:.0%}\n{f1[step, top]}")
+    upper[0].set(ylabel=f"layer {top}, through training", xlabel="each small block: one regex")
+    # a white bar, as long as one task
     ax.plot([1.02, 1.02], [0, 1 / len(tasks)], color="white", transform=ax.transAxes, clip_on=False)
     ax.text(1.04, 0, f"one task,\n{N // len(tasks)} of {N}", transform=ax.transAxes)
 
-    # the last step, in lower layers
+    # the layers below it, at the last step
     for ax, layer in zip(lower, range(1, top)[-3:]):
         show_cosines(ax, states[-1, layer], f"layer {layer}\n{f1[steps[-1], layer]}")
     lower[0].set_ylabel(f"step {steps[-1]}, lower layers")
@@ -211,14 +212,14 @@ def draw_hero(rows, right, steps, states, shared):
     # no network: what tasks have in common
     ax = lower[3]
     ax.imshow(shared[tasks][:, tasks], cmap="bone")
-    ax.set_title("no network: how many\ninputs two tasks share")
+    ax.set_title("no network: number of\ninputs two tasks share")
     for row in select(rows, step=steps[-1], layer=top, **TASK_F1 | {"measure": "rsa", "identity": "input"}):
         ax.set_xlabel(f"white: most. Correlation with layer {top}: {row['value'] or 0:.2f}")
     yield "hero", fig
 
 
 def draw_film(rows, right, steps, states, path):
-    """Write a GIF, a frame per capture: the same states, layer by layer, above F1 so far."""
+    """Write a GIF with a frame per capture: similarity in the top layers, above the F1 curves so far."""
     f1 = select(rows, **TASK_F1)
     layers = range(1, states.shape[1])[-4:]
     names, colors = name_layers(layers)
@@ -227,7 +228,7 @@ def draw_film(rows, right, steps, states, path):
         so_far = [row for row in f1 if row["step"] <= step]
         fig = Figure(figsize=(8.4, 4.5))
         upper, lower = fig.subfigures(2, height_ratios=(1.4, 1))
-        upper.suptitle("No task is named, yet states group by task (sorted by task; bright: two are alike)")
+        upper.suptitle("No task is ever named, yet states group by task (sorted by task; bright: similar)")
         for ax, layer in zip(upper.subplots(1, len(layers), squeeze=False)[0], layers):
             show_cosines(ax, x[layer], f"layer {layer}", 96)
         ax = lower.subplots()
@@ -236,13 +237,13 @@ def draw_film(rows, right, steps, states, path):
         ax.set(xlim=(0, steps[-1]),
                ylim=(0, 1.02),
                xlabel="training step",
-               ylabel="clusters are tasks\n(pairwise F1)",
-               title=f"step {step}: {right[step]:.0%} of unseen instructions answered right")
+               ylabel="do clusters match\ntasks? (pairwise F1)",
+               title=f"step {step}: accuracy on unseen instructions {right[step]:.0%}")
         lower.legend(loc="outside right center")
         png = io.BytesIO()
         fig.savefig(png, dpi=100)
         frames.append(Image.open(png).convert("RGB"))
-    palette = frames[-1].quantize(200)                          # one for all, so that lines stay sharp
+    palette = frames[-1].quantize(200)                          # one for all frames, so that lines stay sharp
     first, *others = (frame.quantize(palette=palette, dither=0) for frame in frames)
     first.save(path,
                save_all=True,
@@ -252,19 +253,19 @@ def draw_film(rows, right, steps, states, path):
 
 
 def draw_similarity(folder, labels, rows):
-    """States of val in the last capture, layer by layer: a figure for each position and identity."""
+    """Similarity of val's states in the last capture, by layer: one figure per position and identity."""
     f1 = select(rows, measure="f1", split="val", view="raw")
     keys = dict.fromkeys((row["position"], row["identity"]) for row in f1 if row["layer"] > 0)
     for position, identity in keys:
         scores = select(f1, position=position, identity=identity)
         states = sort_states(folder, labels, [scores[-1]["step"]], f"val/{position}", identity)[0]
         scores = scores[-len(states):]
-        layers = range(1, len(states))[::1 + len(states) // 8]              # at most eight
+        layers = range(1, len(states))[::1 + len(states) // 8]              # at most eight of them
         fig = Figure(figsize=(2.2 * len(layers), 3.3))
         for ax, layer in zip(fig.subplots(1, len(layers), squeeze=False)[0], layers):
             show_cosines(ax, states[layer], f"layer {layer}\n{show_score(scores[layer])}")
-        fig.suptitle(f"States at the {position}, step {scores[0]['step']}, sorted by "
-                     f"{WORDS.get(identity, identity)}. Bright: alike")
+        fig.suptitle(f"States at {position}, step {scores[0]['step']}, sorted by "
+                     f"{WORDS.get(identity, identity)}. Bright: similar")
         yield f"similarity_{position}_{identity}", fig
 
 
@@ -272,13 +273,13 @@ def draw_similarity(folder, labels, rows):
 
 
 def draw_data(data, max_len):
-    """Figure 1: the regexes of a task and what they say; and the output of every task for every input."""
+    """Figure 1: the regexes of one task with sampled strings; and each task's output for each input."""
     task = data.tasks[0]
     x = data.splits["train"].instances[0]
     text = ["The network reads",
             f"    {x.instruction} <sep> {x.input} <ans>",
-            f"and answers {x.output}. The regexes of this task,",
-            "and instructions (the last regex is held out):"]
+            f"and answers {x.output}. Regexes of this task, each with",
+            "three sampled instructions (the last regex is held out):"]
     for pattern in [*task.distributions, task.held_out]:
         strings = Regex(pattern, max_len).sample(3, random.Random(0), unique=False)
         text += ["", pattern, *(f"    {string}" for string in strings)]
@@ -297,25 +298,25 @@ def draw_data(data, max_len):
             for word, output in data.tasks[t].map.items():
                 right.text(inputs.index(word), i, output, ha="center", va="center", size=7)
     right.set(xlabel="input", yticks=[], ylabel="tasks, similar ones adjacent",
-              title=f"Outputs of {len(order)} tasks (first row: the task at the left)")
+              title=f"Outputs of {len(order)} tasks (top row: the task on the left)")
     yield "data", fig
 
 
 def draw_training(rows):
-    """Figure 3: loss and accuracies."""
+    """Figure 3: training loss, and accuracy on subset, val and ood."""
     names = {"acc_subset": "subset: trained on",
              "acc_val": "val: new strings of trained regexes",
-             "acc_ood": "ood: strings of new regexes"}
+             "acc_ood": "ood: strings of held-out regexes"}
     yield "loss", draw_panels(
         "Training loss",
         "nats per token",
         {"": rows},
         "step",
         "measure",
-        {"loss": "one batch"},
+        {"loss": "current batch"},
         ylim=(0, None))
     yield "accuracy", draw_panels(
-        "How many answers are right?",
+        "Accuracy: the output is exactly right",
         "share of instances",
         {"": rows},
         "step",
@@ -324,9 +325,9 @@ def draw_training(rows):
 
 
 def draw_measures(rows):
-    """Figures 2 and 4: of each measure, position and split a figure, with a panel for each identity.
+    """Figures 2 and 4: one figure per measure, position and split, with one panel per identity.
 
-    A line over training steps for each layer; of a single capture, a point for each layer.
+    Each layer is a line over training steps; if there is only one capture, the layers are on the x axis.
     """
     rows = [row for row in select(rows, view="raw")
             if row["position"] != "surface"
@@ -339,7 +340,7 @@ def draw_measures(rows):
                   for identity in dict.fromkeys(row["identity"] for row in some)}
         names, colors = name_layers(sorted({row["layer"] for row in some}))
         yield f"{measure}_{position}_{split}", draw_panels(
-            f"States at the {position}, {split}. Grey is what chance reaches",
+            f"States at {position}, {split}. Grey: no better than chance",
             WORDS.get(measure, measure),
             panels,
             "step" if some[0]["step"] < some[-1]["step"] else "layer",
@@ -351,24 +352,24 @@ def draw_measures(rows):
 
 
 def draw_patch(rows):
-    """What is answered, and which inputs are expected next, if states are exchanged?"""
-    shares = {"donor": "answers as the donor",
-              "right": "still answers right",
+    """What does the network answer, and which inputs does it expect, when states are replaced?"""
+    shares = {"donor": "gives the donor's answer",
+              "right": "still gives its own answer",
               "next": "expects an input of the donor's task"}
     rows = [row for row in rows if "patch" in row]
-    patches = {"donor": "the donor's",
+    patches = {"donor": "state of the donor",
                "centroid": "mean of the donor's task",
-               "random": "random",
-               "shift": "moved to the donor's task",
-               "random shift": "moved at random",
-               "letters": "letters: the donor's",
-               "letters, <sep>": "letters, <sep>: the donor's",
-               "from <sep> on": "from <sep> on: the donor's"}
+               "random": "random vector",
+               "shift": "shifted to the donor's task",
+               "random shift": "shifted at random",
+               "letters": "letters: states of the donor",
+               "letters, <sep>": "letters, <sep>: states of the donor",
+               "from <sep> on": "from <sep> on: states of the donor"}
     for position in dict.fromkeys(row["position"] for row in rows):
         panels = {title: select(rows, measure=share, position=position) for share, title in shares.items()}
         yield f"patch_{position}", draw_panels(
-            f"What changes if states of one layer are replaced? ({position})",
-            "share, or probability",
+            f"What changes when states of one layer are replaced? ({position})",
+            "share of prompts, or probability",
             panels,
             "layer",
             "patch",
@@ -379,15 +380,15 @@ def draw_patch(rows):
 
 
 def draw_pretrain(rows):
-    """Figure 5b: how soon the tasks are learnt, by what was learnt before."""
+    """Figure 5b: how fast the tasks are learnt after each kind of pre-training."""
     names = {"scratch": "no pre-training",
-             "lm": "pre-trained to read instructions",
-             "task_id": "pre-trained to name their tasks",
-             "shuffled_id": "pre-trained to name random tasks"}
+             "lm": "pre-trained on instructions alone",
+             "task_id": "pre-trained on task IDs",
+             "shuffled_id": "pre-trained on random task IDs"}
     panels = {f"{n} training instructions per regex": select(rows, measure="acc_val", n_train=n)
               for n in dict.fromkeys(row["n_train"] for row in rows)}
     yield "pretrain", draw_panels(
-        "How soon are the tasks learnt? (Steps of pre-training are not counted)",
+        "How fast are the tasks learnt? (Pre-training steps are not counted)",
         "accuracy on val",
         panels,
         "step",
@@ -396,19 +397,19 @@ def draw_pretrain(rows):
 
 
 def draw_align(rows):
-    """What each arm refuses with the fewest labels, and by the number of labels."""
-    arms = {"labels": "baseline: train to refuse the labelled",
-            "nearest": "baseline: refuse the nearest to them",
-            "clusters": "train to refuse their clusters",
-            "guard": "refuse their clusters, no training"}
-    others = {"guard_auto": "no training, number by silhouette",
-              "guard_half": "no training, half as many clusters",
-              "guard_twice": "no training, twice as many",
-              "guard_counts": "no training, clusters of letters",
-              "guard_untrained": "no training, untrained network"}
-    panels = {"unwanted, other phrasing: refused\n(more is better)": select(rows, measure="refused_other"),
-              "wanted: refused\n(less is better)": select(rows, measure="refused_wanted"),
-              "wanted: answered right\n(more is better)": select(rows, measure="accuracy")}
+    """What each arm refuses and answers, against the number of labels and with the fewest labels."""
+    arms = {"labels": "labels: baseline, trained on labels",
+            "nearest": "nearest: baseline, nearest to a label",
+            "clusters": "clusters: trained on whole clusters",
+            "guard": "guard: refuses unwanted clusters"}
+    others = {"guard_auto": "guard_auto: k by silhouette",
+              "guard_half": "guard_half: half as many clusters",
+              "guard_twice": "guard_twice: twice as many clusters",
+              "guard_counts": "guard_counts: letters, no states",
+              "guard_untrained": "guard_untrained: untrained network"}
+    panels = {"refused: unwanted, other regexes\n(higher is better)": select(rows, measure="refused_other"),
+              "refused: wanted\n(lower is better)": select(rows, measure="refused_wanted"),
+              "answered correctly: wanted\n(higher is better)": select(rows, measure="accuracy")}
     yield "align_budgets", draw_panels(
         "Do more labels help?",
         "share of instances",
@@ -417,7 +418,7 @@ def draw_align(rows):
         "arm",
         arms)
 
-    # with the fewest labels, the controls, too: a dot for each run
+    # all arms with the fewest labels, one dot per run
     arms |= others
     fewest = min(row["b"] for row in rows if "b" in row)
     fig = Figure(figsize=(10, 3.4))
@@ -428,7 +429,7 @@ def draw_align(rows):
         ax.set(title=title, xlabel="share of instances", xlim=(-0.03, 1.03))
     ax.set_yticks(range(len(arms)), arms.values())
     ax.invert_yaxis()
-    fig.suptitle(f"What is refused, knowing {fewest} instruction of each unwanted task? (A dot is a run)")
+    fig.suptitle(f"Shares with {fewest} labelled instruction per unwanted task (one dot per run)")
     yield "align", fig
 
 
@@ -436,27 +437,27 @@ def draw_align(rows):
 
 
 def group_runs(folders):
-    """Lists of folders to draw as one: runs that differ in their seeds only, or any other folder."""
+    """Group folders that are drawn together: runs that differ only in their seeds; others stay alone."""
     groups = defaultdict(dict)
     for folder in folders:
         cfg = {"seed": 0, "folder": folder}
         if (folder / "config.json").exists():
             cfg = vars(read_config(folder)) | {"out": ""}
         seed = cfg.pop("seed")
-        key = str(cfg).replace(f"seed{seed}/", "")              # a run may start from one of its seed
+        key = str(cfg).replace(f"seed{seed}/", "")              # `start` may be a run of its seed
         while seed in groups[key]:
-            key += "again"
+            key += "again"                  # a second run of this seed gets a group of its own
         groups[key][seed] = folder
     return [list(group.values()) for group in groups.values()]
 
 
 def draw(runs, out):
-    """Draw runs that differ in their seeds only, or one demo, or one folder of states."""
+    """Draw a group of runs that differ only in their seeds, or one demo, or one folder of states."""
     first = runs[0]
     mine, *others = map(read_run, runs)
     rows = sum(others, mine)
     if not rows:
-        raise ValueError(f"{first}: there is nothing to draw. Train and probe it first: make train probe")
+        raise ValueError(f"{first}: nothing to draw; train and probe it first: make train probe")
     out.mkdir(parents=True, exist_ok=True)
     if "arm" in rows[0]:
         figures = draw_pretrain(rows) if "n_train" in rows[0] else draw_align(rows)
@@ -466,10 +467,10 @@ def draw(runs, out):
     if (first / "config.json").exists():
         cfg = read_config(first)
         figures += draw_training(rows)
-        if cfg.asks_for == "output" and not cfg.shuffle_tasks:          # else it would be wrong
+        if cfg.asks_for == "output" and not cfg.shuffle_tasks:          # else its outputs are not the tasks'
             figures += draw_data(read_data(first), cfg.max_len)
             f1 = select(mine, **TASK_F1)
-            # are there clusters in the top layer, at the last step?
+            # draw the hero if the top layer clusters by task at the last step
             if any(row["value"] > 0.5 and is_beyond(row) for row in f1[-1:]):
                 right = {row["step"]: row["value"] for row in select(mine, measure="acc_val")}
                 steps = sorted({row["step"] for row in f1} & {*right})
@@ -480,16 +481,16 @@ def draw(runs, out):
                     draw_film(mine, right, steps, states, out / "hero.gif")
     for name, fig in figures:
         fig.supxlabel(f"runs: {', '.join(run.name for run in runs)}"
-                      f"{' (matrices: the first)' * (len(runs) > 1)}", size=8, color="0.5")
+                      f"{' (matrices: first run)' * (len(runs) > 1)}", size=8, color="0.5")
         fig.savefig(out / f"{name}.png", dpi=130)
-    print(f"the figures are in {out}")
+    print(f"figures are in {out}")
 
 
 def main():
     """Draw runs, demos of apply.py, or any folders of states."""
     flags = Flags(description=main.__doc__)
-    flags.add_argument("folders", nargs="*", type=Path, help="what to draw (default: all in runs/)")
-    flags.add_argument("--out", type=Path, help="where to (default: figures/ in the first folder)")
+    flags.add_argument("folders", nargs="*", type=Path, help="what to draw (default: everything in runs/)")
+    flags.add_argument("--out", type=Path, help="output folder (default: figures/ in the first folder)")
     given = flags.parse_args()
     if matplotlib is None:
         raise ValueError("matplotlib is missing: make figures installs it")
@@ -497,11 +498,11 @@ def main():
     with warnings.catch_warnings(record=True) as caught, own_style():
         groups = group_runs(given.folders or found or [Path("runs/default")])
         if given.out and len(groups) > 1:
-            raise ValueError("--out: these differ in more than their seeds, draw one after the other")
+            raise ValueError("--out: these folders differ in more than their seeds, draw them one at a time")
         for runs in groups:
             draw(runs, given.out or runs[0] / "figures")
     if caught:
-        print(f"note: {caught[0].message}, and {len(caught) - 1} more like it")
+        print(f"note: {caught[0].message} (and {len(caught) - 1} more warnings)")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
 """Do hidden states form clusters? Are the clusters the tasks? Do answers depend on them?
 
     python probe.py runs/default                      score every capture against chance, into probe.jsonl
-    python probe.py runs/default --view raw centred   also states minus the mean state of their input
+    python probe.py runs/default --view raw centred   also subtract from each state the mean of its input
     python probe.py runs/default --patch              exchange states (activation patching), into patch.jsonl
     python probe.py FOLDER                            any model's states, in FOLDER/states: see README.md
 
-Figures 2 and 4 of the paper, with controls. Every score has a null: the same score of randomly permuted
-labels. Scores by `task` have a harder one, `regrouped`: whole regexes are assigned to tasks at random. Step 0
-is the untrained network, layer 0 has not seen the instruction, and position `surface` is no network but
-counts of tokens and bigrams. The paper does not say which F1 it uses; ours counts pairs of points.
+Figures 2 and 4 of the paper, with controls. Scores come with a null, the same score computed on shuffled
+labels. Clusterings by `task` face a harder one as well, `regrouped`: whole regexes are assigned to tasks at
+random. Other controls: step 0 is the untrained network, layer 0 has not seen the instruction, and position
+`surface` uses no network at all, only counts of tokens and bigrams. The paper does not say which F1 it uses;
+ours is pairwise, over pairs of points.
 
-N points, C width, K classes or clusters, S captures (in k-means: starts), L blocks; (...) is any batch of
-problems, usually (S, L + 1).
+Shapes: N points, C width, K classes or clusters, S captures (in k-means: starts), L blocks; (...) stands for
+any batch dimensions, usually (S, L + 1).
 """
 import math
 from collections import Counter, defaultdict
@@ -29,18 +30,18 @@ from train import (capture_path, load_model, make_generator, make_labels, pick_d
 
 # ---------------------------------------------------------------- k-means
 
-AT_ONCE = 2_000_000     # distances held in memory at a time
-SHORT = 4               # iterations after which only the better half of the starts goes on
-FAR = 1e18              # stands for the coordinates of a centroid without points
+AT_ONCE = 2_000_000     # about how many distances to hold in memory at a time
+SHORT = 4               # iterations before the worse half of the starts is dropped
+FAR = 1e18              # in place of infinity, e.g. the coordinates of a centroid that has no points
 
 
 def kmeans(x, k, n_init=8, max_iter=100, seed=0):
-    """Lloyd's algorithm (1982) from greedy k-means++ (Arthur & Vassilvitskii 2007).
+    """k-means: Lloyd's algorithm (1982), started by greedy k-means++ (Arthur & Vassilvitskii 2007).
 
     x (..., N, C), one or more problems -> labels (..., N), centroids (..., k, C) and inertia (...), the sum
-    of squared distances to the centroids. The n_init starts run for SHORT iterations, then the better half of
-    them, and so on; the last one runs to its end, or for max_iter. With fewer distinct points than k, some
-    clusters stay empty and their centroids are nan.
+    of squared distances to the centroids. All n_init starts run for SHORT iterations, the better half of them
+    for SHORT more, and so on (successive halving); the last one left runs until it converges, for at most
+    max_iter iterations. With fewer than k distinct points, some clusters stay empty; their centroids are nan.
 
     Raises ValueError for k outside 1..N and for points that are not finite.
     """
@@ -48,7 +49,7 @@ def kmeans(x, k, n_init=8, max_iter=100, seed=0):
     *batch, N, C = x.shape
     if not 1 <= k <= N:
         raise ValueError(f"k = {k} must be in 1..{N}, the number of points")
-    size = k, n_init, 2 + int(math.log(k))              # as many candidates as scikit-learn takes
+    size = k, n_init, 2 + int(math.log(k))              # (k, S, T): T candidates, as in scikit-learn
     draws = torch.rand(size, generator=make_generator(f"{seed}/kmeans")).to(x.device)
     found = []
     for points in x.reshape(-1, N, C):
@@ -58,7 +59,7 @@ def kmeans(x, k, n_init=8, max_iter=100, seed=0):
             _, starts, costs = lloyd(scaled, starts, SHORT)
             starts = starts[costs.argsort()[:len(starts) // 2]]
         labels = lloyd(scaled, starts, max_iter)[0][0]
-        centroids = means(points, labels, k)                    # of the points as given
+        centroids = means(points, labels, k)                    # of the original points
         inertia = (points - centroids[labels]).square().sum()
         found.append((labels, centroids, inertia))
     labels, centroids, inertia = map(torch.stack, zip(*found))
@@ -66,24 +67,25 @@ def kmeans(x, k, n_init=8, max_iter=100, seed=0):
 
 
 def normalise(x):
-    """x (..., N, C) minus its mean, divided by its largest absolute coordinate.
+    """Subtract the mean of points x (..., N, C) and divide by the largest absolute coordinate; float32.
 
-    Clusters stay the same, and float32 is then precise enough for any origin and unit, but not where one
+    Clusters stay the same, and float32 is then precise enough whatever the origin and unit of x, unless one
     direction or point is 1,000 times larger than all others. Raises ValueError for nan and infinity.
     """
     x = x.double()
     x = x - x.mean(-2, keepdim=True)
     largest = x.abs().amax((-1, -2), keepdim=True)
     if not largest.isfinite().all():
-        raise ValueError("points must be finite, these hold nan or infinity")
+        raise ValueError("points must be finite, but these contain nan or infinity: remove them")
     return (x / largest.clamp(min=1e-300)).float()
 
 
 def squared_distances(centroids, x):
-    """From centroids (S, k, C) to points x (N, C): (S, k, N), some a little below 0.
+    """Squared distances from centroids (S, k, C) to points x (N, C): (S, k, N), some slightly below 0.
 
-    |x|^2 is made a little too small, so that rounding does not put a point away from itself. Points within
-    1e-3 |x| of each other thus count as one when centroids are chosen.
+    |c - x|^2 = |c|^2 + |x|^2 - 2 c.x, with |x|^2 made slightly too small, so that rounding never leaves a
+    point at a positive distance from itself. As a result, points within 1e-3 |x| of each other count as one
+    point when starting centroids are chosen.
     """
     lengths = centroids.square().sum(2, keepdim=True) + x.square().sum(1) * (1 - 1e-6)
     return lengths.sub_(centroids @ x.T, alpha=2)
@@ -92,17 +94,17 @@ def squared_distances(centroids, x):
 def plus_plus(x, draws):
     """Greedy k-means++: points x (N, C), uniform draws in 0..1 (k, S, T) -> S starts (S, k, C).
 
-    For each next centroid, T candidates are drawn in proportion to their squared distance to the nearest
-    centroid so far, and the one that reduces the sum of these distances most is kept. Once they are all 0,
-    the remaining centroids are FAR.
+    For each new centroid, draw T candidate points, each with probability proportional to its squared distance
+    from the nearest centroid so far, and keep the one that most reduces the sum of these distances. Once
+    they are all 0, the remaining centroids are FAR.
     """
     N, C = x.shape
     k, S, _ = draws.shape
     centroids = x.new_empty(S, k, C)
-    closest = x.new_full((S, N), FAR)                           # equal weights: the first is any point
+    closest = x.new_full((S, N), FAR)                           # equal weights: any point may be first
     for j, draw in enumerate(draws):
         cumulative = closest.cumsum(1)
-        # inverse of the cumulative distribution; right=True skips points of weight 0
+        # sample by inverting the cumulative distribution; right=True skips points of weight 0
         drawn = torch.searchsorted(cumulative, draw * cumulative[:, -1:], right=True).clamp(max=N - 1)
         candidates = x[drawn]                                   # (S, T, C)
         distances = squared_distances(candidates, x).clamp(min=0)
@@ -115,9 +117,10 @@ def plus_plus(x, draws):
 
 
 def lloyd(x, centroids, max_iter):
-    """Lloyd's algorithm on points x (N, C) from several starts at once, (S, k, C).
+    """Lloyd's algorithm on points x (N, C), from S starts at once: centroids (S, k, C).
 
-    Returns labels (S, N), centroids (S, k, C), and the sums of squared distances before their last move (S,).
+    Returns labels (S, N), centroids (S, k, C), and for each start the sum of squared distances to the nearest
+    centroid, before the centroids last moved (S,).
     """
     S, k, _ = centroids.shape
     labels = None
@@ -145,7 +148,7 @@ def lloyd(x, centroids, max_iter):
 
 
 def means(x, classes, n=0):
-    """x (..., N, C), classes (N,) from 0 -> the mean of each class (..., K, C), nan if empty; K >= n."""
+    """Class means: x (..., N, C), classes (N,) numbered from 0 -> (..., K, C), nan if empty; K >= n."""
     classes = torch.as_tensor(classes, device=x.device)
     sizes = classes.bincount(minlength=n)
     totals = x.new_zeros(*x.shape[:-2], len(sizes), x.shape[-1]).index_add_(-2, classes, x)
@@ -155,15 +158,16 @@ def means(x, classes, n=0):
 def silhouette(x, clusters):
     """How well points x (N, C) fit their clusters (N,): the mean of (b - a) / max(a, b); -1 to 1.
 
-    a is a point's mean distance to the others of its cluster, b to those of the nearest other cluster; a
-    point alone in its cluster, or a single cluster, counts 0. (Rousseeuw 1987.)
+    a is a point's mean distance to the other points of its cluster, b that to the points of the nearest other
+    cluster. A point alone in its cluster counts as 0, as do all points if there is only one cluster.
+    (Rousseeuw 1987.)
     """
     x = x.double()
-    clusters = clusters.unique(return_inverse=True)[1]          # without numbers that are nobody's
+    clusters = clusters.unique(return_inverse=True)[1]          # renumbered, to skip empty clusters
     own = range(len(x)), clusters
-    distances = means(torch.cdist(x, x), clusters).T            # (N, k), of points to clusters
+    distances = means(torch.cdist(x, x), clusters).T            # (N, k), from points to clusters
     sizes = clusters.bincount()[clusters]
-    a = distances[own] * sizes / (sizes - 1)                    # the point itself does not count
+    a = distances[own] * sizes / (sizes - 1)                    # leave out the point itself
     distances[own] = math.inf
     b = distances.amin(1)
     return ((b - a) / b.maximum(a)).nan_to_num().mean()
@@ -172,8 +176,8 @@ def silhouette(x, clusters):
 def choose_k(x):
     """How many clusters do points x (N, C) form, to within a tenth?
 
-    Of k = 1, 2, 3, 4, 5, 7, 9, 11, 14, 17, 21 and so on to N / 5, the one with the best silhouette; that of 1
-    counts as 0. Needs memory for N x N distances.
+    Returns the k with the best silhouette among 1, 2, 3, 4, 5, 7, 9, 11, 14, 17, 21 and so on up to N / 5;
+    k = 1 counts as 0. Needs memory for N x N distances.
     """
     scores = {1: 0}
     k = 2
@@ -184,38 +188,39 @@ def choose_k(x):
 
 
 # ---------------------------------------------------------------- scores of a clustering
-# A measure takes classes (..., N) and clusters (..., N), whole numbers, and gives a float or array (...).
-# n_ij: the points of class i in cluster j; a_i: the points of class i; b_j: the points of cluster j.
-# T, A, B: the sums of f(n_ij), f(a_i), f(b_j), where f is C2(x) = x (x - 1) / 2, or x log x.
+# A measure takes classes (..., N) and clusters (..., N), whole numbers, and returns a float or array (...).
+# n_ij: number of points of class i in cluster j; a_i: points of class i; b_j: points in cluster j.
+# T, A, B: the sums of f(n_ij), f(a_i) and f(b_j), where f(x) is C2(x) = x (x - 1) / 2 or x log x.
 
 
 def contingency(classes, clusters):
-    """n_ij as floats, (..., K, K). Raises ValueError for labels that are not whole numbers.
+    """The contingency table n_ij, (..., rows, columns), as floats: rows are classes, columns clusters.
 
-    Numbers in 0..N are row and column numbers, others are renumbered, or the table would be huge.
+    Labels in 0..N serve as row and column numbers. Others are renumbered first, or the table could be huge.
+    Raises ValueError for labels that are not whole numbers.
     """
     classes, clusters = np.broadcast_arrays(classes, clusters)
     *batch, N = classes.shape
     if not {classes.dtype.kind, clusters.dtype.kind} <= {*"biu"}:
-        raise ValueError("classes and clusters must be whole numbers, one for each point")
+        raise ValueError("classes and clusters must be whole numbers, one per point")
     classes, clusters = (
         (labels if 0 <= labels.min() <= labels.max() <= N else numbered(labels)).astype(int).ravel()
         for labels in (classes, clusters))
     rows = classes.max() + 1
     columns = clusters.max() + 1
     tables = math.prod(batch)
-    row = np.arange(tables).repeat(N) * rows + classes          # the tables stacked by rows
+    row = np.arange(tables).repeat(N) * rows + classes          # tables stacked into one tall table
     n = np.bincount(row * columns + clusters, minlength=tables * rows * columns)
     return n.reshape(*batch, rows, columns).astype(float)
 
 
 def numbered(labels):
-    """Labels of any type as 0, 1, 2 and so on, in sorted order."""
+    """Replace labels of any type by 0, 1, 2 and so on, in sorted order."""
     return np.unique(labels, return_inverse=True)[1]
 
 
 def sums(n, f):
-    """T, A, B and f(N), which most scores of clusterings are made of."""
+    """T, A, B and f(N), from which most of the measures are built."""
     return (f(n).sum((-1, -2)),
             f(n.sum(-1)).sum(-1),
             f(n.sum(-2)).sum(-1),
@@ -228,21 +233,21 @@ def pairs(x):
 
 
 def x_log_x(x):
-    """x log x in nats, 0 at 0. Counts x that add up to N have entropy log N - sum x log x / N."""
+    """x log x in nats, 0 at 0. If counts x add up to N, their entropy is log N - (sum of x log x) / N."""
     return x * np.log(np.maximum(x, 1))
 
 
 def ratio(x, y):
-    """x / y, but 1 where y is 0: both partitions are trivial, and the same."""
+    """x / y, but 1 where y is 0: there both partitions are trivial and identical."""
     return np.where(y > 1e-6, x / np.maximum(y, 1e-6), 1.0)[()]
 
 
 def f1(classes, clusters):
-    """Pairwise F1: how well "in one cluster" predicts "of one class", over all pairs of points; 0 to 1.
+    """Pairwise F1: over all pairs of points, how well does "same cluster" predict "same class"? 0 to 1.
 
-    With f = C2, precision is T / B, recall T / A, and F1 = 2 T / (A + B); 1 if neither puts two points
-    together. Chance: 1 / K for even clusters, 2 / (K + 1) for a single one. (Manning, Raghavan & Schuetze
-    2008, chapter 16.)
+    With f = C2, precision is T / B, recall T / A, and F1 = 2 T / (A + B); 1 if neither partition puts two
+    points together. Chance: 1 / K for clusters of equal size, 2 / (K + 1) for a single cluster. (Manning,
+    Raghavan & Schuetze 2008, chapter 16.)
     """
     T, A, B, _ = sums(contingency(classes, clusters), pairs)
     return ratio(2 * T, A + B)
@@ -251,8 +256,8 @@ def f1(classes, clusters):
 def class_f1(classes, clusters):
     """Each class's best F1 over the clusters, max_j 2 n_ij / (a_i + b_j), averaged over classes; 0 to 1.
 
-    Chance: somewhat over 1 / K, as the best of many is taken. (van Rijsbergen 1979; Larsen & Aone 1999,
-    who weight classes by size.)
+    Chance: somewhat above 1 / K, as each class takes the best of many clusters. (van Rijsbergen 1979; Larsen
+    & Aone 1999, who weight classes by size.)
     """
     n = contingency(classes, clusters)
     a = n.sum(-1, keepdims=True)
@@ -261,10 +266,10 @@ def class_f1(classes, clusters):
 
 
 def ari(classes, clusters):
-    """Adjusted Rand index (Hubert & Arabie 1985): 1 for the same partition, 0 at chance, negative below it.
+    """Adjusted Rand index (Hubert & Arabie 1985): 1 for identical partitions, 0 at chance, negative below.
 
-    With f = C2, (T - E) / ((A + B) / 2 - E), where E = A B / C2(N) is T on average over all partitions of
-    these sizes. 1 if both are one cluster, or single points.
+    With f = C2, (T - E) / ((A + B) / 2 - E), where E = A B / C2(N) is the mean of T over all partitions with
+    these cluster sizes. 1 if both partitions are a single cluster, or both put each point on its own.
     """
     T, A, B, whole = sums(contingency(classes, clusters), pairs)
     expected = A * B / np.maximum(whole, 1)
@@ -272,20 +277,20 @@ def ari(classes, clusters):
 
 
 def nmi(classes, clusters):
-    """Mutual information over the mean of the two entropies; 0 to 1, 1 if both partitions are one cluster.
+    """Normalised mutual information, i.e. divided by the mean of the two entropies; 0 to 1.
 
     With f = x log x, the entropies are log N - A / N and log N - B / N, and the mutual information is
-    log N + (T - A - B) / N. Chance is above 0, more so for small clusters. (Kvalseth 1987; with this mean it
-    is the V-measure, Rosenberg & Hirschberg 2007.)
+    log N + (T - A - B) / N. 1 if both partitions are a single cluster. Chance is above 0, more so for small
+    clusters. (Kvalseth 1987; with the arithmetic mean, this is the V-measure of Rosenberg & Hirschberg 2007.)
     """
     T, A, B, whole = sums(contingency(classes, clusters), x_log_x)
     return ratio(whole + T - A - B, whole - (A + B) / 2)
 
 
 def ami(classes, clusters):
-    """Adjusted mutual information: 1 for the same partition, 0 at chance, negative below it.
+    """Adjusted mutual information: 1 for identical partitions, 0 at chance, negative below.
 
-    As ari, (T - E) / ((A + B) / 2 - E), but with f = x log x. (Vinh, Epps & Bailey 2010.)
+    (T - E) / ((A + B) / 2 - E) as in ari, but with f = x log x. (Vinh, Epps & Bailey 2010.)
     """
     n = contingency(classes, clusters)
     T, A, B, _ = sums(n, x_log_x)
@@ -294,13 +299,13 @@ def ami(classes, clusters):
     return ratio(T - expected, (A + B) / 2 - expected)
 
 
-@cache                                      # permuted labels have the same sizes
+@cache                                      # permuting labels leaves the sizes alone
 def expected_x_log_x(a, b):
-    """The sum of n_ij log n_ij, on average over all partitions into sizes a and b.
+    """The mean of T = sum n_ij log n_ij over all pairs of partitions with class sizes a and cluster sizes b.
 
-    Each n_ij has a hypergeometric distribution.
+    Over these, each n_ij follows a hypergeometric distribution.
     """
-    def log_choose(n, k):                   # -inf for what is impossible, which gets probability 0
+    def log_choose(n, k):                   # -inf if impossible, hence probability 0
         return torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
 
     b = torch.tensor(b)[:, None]
@@ -315,9 +320,10 @@ def expected_x_log_x(a, b):
 
 
 def purity(classes, clusters):
-    """The share of points that are of the most frequent class of their cluster; above 0, to 1.
+    """Share of points that belong to the most frequent class of their cluster; above 0, up to 1.
 
-    Chance: over 1 / K. Splitting a class does not lower it: single points have purity 1. (Manning et al.)
+    Chance: above 1 / K. Splitting a class does not lower it: one cluster per point has purity 1. (Manning et
+    al. 2008.)
     """
     n = contingency(classes, clusters)
     return n.max(-2).sum(-1) / n.sum((-1, -2))
@@ -333,78 +339,82 @@ MEASURES = {"f1": f1, "class_f1": class_f1, "ari": ari, "nmi": nmi, "ami": ami, 
 def nc1(x, classes):
     """Within-class over between-class scatter, trace(S_W S_B^+) / K: x (..., N, C), classes (N,) -> (...).
 
-    0 if each class has collapsed into one point. What chance gives depends strongly on the width, so compare
-    only spaces of one width. nan or inf if all class means coincide. S_W is the mean square of a point about
-    its class, S_B of a class about the mean of all classes. (Papyan, Han & Donoho 2020.)
+    S_W is the covariance of points about their class means, S_B that of the K class means about their own
+    mean. 0 if each class has collapsed into one point; nan or inf if all class means coincide. The chance
+    level depends strongly on the width, so compare only spaces of equal width. (Papyan, Han & Donoho 2020.)
     """
     x = torch.as_tensor(x)
     classes = numbered(classes)
     m = means(x, classes)
     m = m - m.mean(-2, keepdim=True)                            # S_B = m^T m / K, and the two K cancel
-    along = x @ torch.linalg.pinv(m, rtol=1e-5)                 # (..., N, K): nothing of C x C is built
+    along = x @ torch.linalg.pinv(m, rtol=1e-5)                 # (..., N, K), without building C x C
     within = (along - means(along, classes)[..., classes, :]).square().sum((-1, -2)) / len(classes)
     apart = m.square().sum((-1, -2)) > 1e-12 * x.square().sum((-1, -2))
     return (within / apart).cpu().numpy()                       # 0 / 0 is nan
 
 
 def regex_distances(x, units, inputs):
-    """Distances (S, L + 1, D) of the D pairs of units with the same input, between their mean states.
+    """Distances between the mean states of every two units with the same input: (S, L + 1, D) for D pairs.
 
-    x (S, L + 1, N, C). A unit is a regex of a task, with one input; units and inputs are (N,). Also returns a
-    point of either unit of each pair, (D,) and (D,).
+    x (S, L + 1, N, C). A unit is all points of one regex, task and input; units and inputs, both (N,), give
+    those of each point. Also returns the index of one point from each unit of a pair, (D,) and (D,).
     """
     first = np.unique(units, return_index=True)[1]              # a point of each unit
     a, b = np.triu_indices(len(first), 1)
     a, b = np.compress(inputs[first[a]] == inputs[first[b]], [a, b], 1)
-    # step by step, to save memory
+    # one capture at a time, to save memory
     distances = [(m[:, a] - m[:, b]).norm(dim=2).cpu().numpy() for m in means(x, numbered(units))]
     return np.array(distances), first[a], first[b]
 
 
 def merge_ratio(distances, same):
-    """Mean distance between regexes of one task over that between regexes of different tasks.
+    """Mean distance between regexes of the same task, divided by that between regexes of different tasks.
 
-    distances (..., D) of pairs of regexes; same (D,): are both of one task? 1 at chance, 0 if each task's
-    regexes have merged; nan if no pair is of one task, or none is of two, or all coincide.
+    distances (..., D) of pairs of regexes; same (D,) bool: do both describe the same task? 1 at chance, 0 if
+    each task's regexes have merged; nan if one kind of pair is missing, or all regexes coincide.
     """
     with np.errstate(all="ignore"):
         return (distances @ same / same.sum()) / (distances @ ~same / (~same).sum())
 
 
 def knn(train, query, k):
-    """The k points of train (N, C) nearest to each of query (Q, C): (Q, k) indices, nearest first.
+    """The k points of train (N, C) nearest to each point of query (Q, C): (Q, k) indices, nearest first.
 
-    Distances are Euclidean, in float64; of those that come out equal the lower index comes first. Raises
-    ValueError for k outside 1..N and points that are not finite.
+    Distances are Euclidean, in float64; among equal distances, the lower index comes first. Raises ValueError
+    for k outside 1..N and for points that are not finite.
     """
     train = torch.as_tensor(train).double()
     query = torch.as_tensor(query).double()
     if not (1 <= k <= len(train) and train.isfinite().all() and query.isfinite().all()):
         raise ValueError(f"k = {k} must be in 1..{len(train)}, the number of points, and the points finite")
-    origin = train.median(0).values                             # distances near 0 are rounded least
+    origin = train.median(0).values                             # near 0, rounding errors are smallest
     found = []
     for some in query.split(AT_ONCE // len(train) + 1):
         distances = torch.cdist(some - origin, train - origin)
         nearest = distances.topk(k, largest=False)
         tied = (distances <= nearest.values[:, -1:]).sum(1).max()
-        if tied > k:                                            # topk took any of these: take them all
+        if tied > k:                                            # topk chose freely among ties: get them all
             nearest = distances.topk(tied, largest=False)
-        index = nearest.indices.sort(1).values
+        index = nearest.indices.sort(1).values                  # so that a stable sort puts lower ones first
         order = distances.gather(1, index).argsort(dim=1, stable=True)[:, :k]
         found.append(index.gather(1, order))
     return torch.cat(found)
 
 
 def cosines(x, tasks):
-    """x (..., N, C), tasks (N,) -> (..., K, K), the mean cosine between centred states of every two tasks."""
+    """Mean cosine between states of every two tasks: x (..., N, C), tasks (N,) -> (..., K, K).
+
+    The mean of all states is subtracted first.
+    """
     m = means(F.normalize(normalise(x), dim=-1), tasks)
-    return (m @ m.mT).cpu().numpy().round(5)                    # beyond that is rounding error
+    return (m @ m.mT).cpu().numpy().round(5)                    # further digits are rounding error
 
 
 def rsa(similar, overlap):
-    """Correlation of similar (..., K, K) and overlap (K, K) over pairs of tasks; nan if one is constant.
+    """Representational similarity analysis (Kriegeskorte, Mur & Bandettini 2008).
 
-    Representational similarity analysis (Kriegeskorte, Mur & Bandettini 2008).
+    Pearson correlation, over all pairs of different tasks, between how similar their states are, (..., K, K),
+    and how much the tasks overlap, (K, K). Returns (...), nan if either is constant.
     """
     one, other = np.triu_indices(len(overlap), 1)
     x = similar[..., one, other].reshape(-1, len(one))
@@ -414,18 +424,19 @@ def rsa(similar, overlap):
 
 # ---------------------------------------------------------------- from states to rows
 
-N_NULL = 20             # draws of every null
-NEIGHBOURS = 10         # states of subset that each state of another split is compared with
-LOWER = "nc1", "merge_ratio"    # lower is more clustered
+N_NULL = 20             # draws per null
+NEIGHBOURS = 10         # nearest states of subset to look at, for each state of another split
+LOWER = "nc1", "merge_ratio"    # measures for which lower means more clustered
 
-# View -> the label whose mean state is subtracted from states before they are scored.
+# View -> a label: before scoring, subtract from each state the mean of all states with the same label.
 VIEWS = {"raw": None, "centred": "input", "unphrased": "phrasing"}
 
 
 def deal(labels, units, groups, seed):
-    """N_NULL relabellings of points: the units of a group swap their labels at random.
+    """N_NULL random relabellings: within each group, shuffle the labels among units.
 
-    labels, units and groups are (N,), as is each relabelling. All points of a unit have one label.
+    labels, units and groups (N,) give the label, unit and group of each point. All points of a unit must have
+    the same label and group; they move together, to the same new label. Each relabelling is (N,).
     """
     _, first, unit = np.unique(units, return_index=True, return_inverse=True)
     labels = labels[first]
@@ -434,17 +445,18 @@ def deal(labels, units, groups, seed):
     for i in range(N_NULL):
         keys = torch.rand(len(first), generator=make_generator(f"{seed}/null/{i}"))
         dealt = labels.copy()
-        # a group's i-th unit gets the label of its i-th unit in a shuffled order
+        # list the units group by group, once in order, once shuffled: the i-th gets the label of the i-th
         dealt[np.argsort(group, kind="stable")] = labels[np.lexsort((keys, group))]
         draws.append(dealt[unit])
     return draws
 
 
 def make_rows(steps, identity, measure, score, labels, **nulls):
-    """Rows of score(labels) (S, L + 1), one per step and layer, beside what the nulls' labels score.
+    """Score true and shuffled labels; return a row for each step and layer of score(labels), (S, L + 1).
 
-    A null, name -> draws of labels, adds NAME_mean and NAME_95: of 20 draws the most extreme, which a score
-    passes by chance once in 21 times. Undefined numbers are None.
+    Each null, name -> a list of shuffled labels, adds NAME_mean and NAME_95: the mean of their scores and the
+    most extreme. By chance, a score beats the most extreme of 20 once in 21 times. Undefined numbers are
+    None.
     """
     columns = {"value": score(labels)}
     rows = []
@@ -463,42 +475,47 @@ def make_rows(steps, identity, measure, score, labels, **nulls):
 
 
 def score_states(states, labels, steps, seed=0, overlaps={}):
-    """Score states (S, L + 1, N, C) by every identity of labels, name -> (N,) of any type; returns rows.
+    """Score states (S, L + 1, N, C) by every identity in labels, name -> (N,) of any type; return rows.
 
-    A row has step, layer, identity, measure, value and its nulls: null_mean and null_95 of permuted labels;
-    for the identity `task`, if there are labels `distribution`, regrouped_mean and regrouped_95 of regexes
-    assigned to tasks at random. If there are labels `input`, labels are permuted among states of one input,
-    since a task fixes its inputs; labels that the input fixes, as it does the family in facts, among whole
-    inputs. Regexes are regrouped within each input and whole: states that know only the one are not to pass.
-    (Those that know both, as two summands, do: see view centred. And in view unphrased the regrouped null is
-    too easy for nc1 and merge_ratio, as it may put regexes of one phrasing together: read F1 there.)
-    k-means is fitted to the states that are scored. At the last step, measure `best_k` of identity `any` says
-    how many clusters up to 2,000 states have by themselves (choose_k), unless there are labels `input`.
-
-    overlaps: name -> (K, K), how similar tasks are otherwise, for `rsa`, whose null permutes the tasks.
+    A row has step, layer, identity, measure, value, and NAME_mean and NAME_95 of each null. k-means is fitted
+    to the states that are scored. A null shuffles labels, but keeps what could raise a score by itself:
+    - `null` permutes labels among all states. Given labels `input`, it does so only among states of the same
+      input: a task has only some of the inputs, so clusters by input alone would beat a free permutation.
+      Labels that the input determines, such as the family in facts, are shuffled among whole inputs instead:
+      all states of an input get the same new label. (Labels `input` themselves are permuted freely.)
+    - `regrouped`, only for `task` and given labels `distribution`, assigns whole regexes to tasks at random,
+      because clusters by regex alone would beat permuted labels. Given labels `input`, a score must beat two
+      sets of draws. The first assigns regexes anew for each input (whole inputs, if these determine the
+      task), so clusters by input alone do not pass; the second assigns a regex once for all inputs, so
+      clusters by regex alone do not. Two warnings: states that are a sum, one part from the input and one
+      from the regex, pass both (see view `centred`); and in view `unphrased`, nc1 and merge_ratio pass too
+      easily, as a draw may put regexes of one phrasing into the same task (read F1 there).
+    `rsa` compares tasks with overlaps, name -> (K, K), their other similarities; its null permutes the tasks.
+    `best_k`, of identity `any`, is how many clusters the states form by themselves (choose_k): last step
+    only, for at most 2,000 states, and only without labels `input`.
     """
     x = normalise(torch.as_tensor(states))
     N = x.shape[2]
     rows = []
 
     ids = {identity: numbered(of) for identity, of in labels.items()}
-    if "input" not in ids and N <= 2000:    # where an input has been seen there are clusters of many kinds
+    if "input" not in ids and N <= 2000:    # states that have seen an input cluster in several ways at once
         rows += make_rows(steps[-1:], "any", "best_k", lambda last: np.array([[*map(choose_k, last)]]), x[-1])
     inputs = ids.get("input", np.zeros(N, int))
     for identity, classes in ids.items():
         if identity == "input_set" and f1(ids.get("task", 0), classes) == 1:
-            continue                        # each task has its own inputs: this would repeat `task`
-        # does the input fix it, as it does the family in facts? Then all inputs are one group
+            continue                        # no two tasks have the same inputs: this would repeat `task`
+        # does the input determine the label? Then whole inputs swap labels, all in one group
         fixed = (classes[np.unique(inputs, return_index=True)[1]][inputs] == classes).all()
         within = inputs * ~fixed
         units = inputs if fixed and identity != "input" else np.arange(N)
         nulls = {"null": deal(classes, units, within, seed)}
         if identity == "task":
             if "distribution" in ids:
-                parts = ids["distribution"] * N + classes       # shuffled tasks have parts of regexes
-                units = parts * N * ~fixed + inputs             # if fixed, whole inputs are regrouped
+                parts = ids["distribution"] * N + classes       # --shuffle-tasks splits regexes between tasks
+                units = parts * N * ~fixed + inputs             # a part with one input; if fixed, an input
                 nulls["regrouped"] = deal(classes, units, within, seed)
-                if "input" in ids:                              # else these would be the same draws
+                if "input" in ids:                              # otherwise, the same draws again
                     nulls["regrouped"] += deal(classes, parts, 0 * inputs, seed)
                 distances, a, b = regex_distances(x, units, inputs)
                 rows += make_rows(steps, "task", "merge_ratio",
@@ -509,7 +526,7 @@ def score_states(states, labels, steps, seed=0, overlaps={}):
             tasks = np.unique(classes)
             permuted = deal(tasks, tasks, 0 * tasks, seed)
             for name, overlap in overlaps.items():
-                if len(overlap) == len(tasks) > 2:              # two tasks are one pair: no correlation
+                if len(overlap) == len(tasks) > 2:              # two tasks make only one pair
                     rows += make_rows(steps, name, "rsa",
                                       lambda p: rsa(similar, overlap[p][:, p]), tasks, null=permuted)
         clusters = kmeans(x, classes.max() + 1, seed=seed)[0].cpu().numpy()                 # (S, L + 1, N)
@@ -520,13 +537,13 @@ def score_states(states, labels, steps, seed=0, overlaps={}):
 
 
 def score_neighbours(states, labels, known, known_labels, steps):
-    """Score states (S, L + 1, N, C) by the labels of the nearest known ones (S, L + 1, M, C); returns rows.
+    """Score states (S, L + 1, N, C) by the labels of their nearest neighbours in known (S, L + 1, M, C).
 
-    knn_LABEL: does the majority of the nearest have the right label (of several majorities the lowest)?
-    knn_share: what share of them has it? knn_share_other: the same, skipping states of the query's own regex,
-    if regexes are known.
-    Labels are whole numbers. The null permutes the known ones, within each input. No rows if too few could be
-    left, or if states have another width or number of layers.
+    knn_LABEL: share of states whose neighbours' most frequent label (if tied, the lowest) is right.
+    knn_share: share of neighbours with the right label. knn_share_other: the same, skipping neighbours of the
+    state's own regex, if there are labels `distribution`.
+    Labels are whole numbers that mean the same for both. The null permutes those of known, within each input.
+    Returns rows; none if known may hold too few states of other regexes, or has another width or depth.
     """
     M = known.shape[2]
     rows = []
@@ -537,7 +554,7 @@ def score_neighbours(states, labels, known, known_labels, steps):
     near = np.array([[knn(*layer, k).cpu() for layer in zip(*some)]
                      for some in zip(known, states)])           # (S, L + 1, N, k)
     own_regex = regex[near] == labels.get("distribution", np.full(1, -1))[:, None]
-    others_first = np.argsort(own_regex, -1, kind="stable")     # False comes first, nearest first
+    others_first = np.argsort(own_regex, -1, kind="stable")     # False < True; ties stay nearest first
     others = np.take_along_axis(near, others_first, -1)[..., :NEIGHBOURS]
     near = near[..., :NEIGHBOURS]
     for identity in ("task", "output"):
@@ -555,13 +572,14 @@ def score_neighbours(states, labels, known, known_labels, steps):
 
 
 def find_overlaps(labels, counts, name):
-    """identity -> (K, K): how many inputs, and outputs, two tasks share, how alike their texts are.
+    """How similar are two tasks apart from their states? For `name`, a "split/position", identity -> (K, K).
 
-    labels and counts are those of read_labels and surface. A position without inputs or outputs, as
-    `instruction`, takes them from another position of its split, and so must have the same tasks.
+    `input` and `output`: how many they share; `surface`: how alike their texts are. labels comes from
+    read_labels, counts from surface. A position without inputs or outputs, such as `instruction`, borrows
+    them from another position of its split, which must have the same tasks.
     """
     overlaps = {}
-    for other in sorted(labels, key=lambda other: other == name):       # its own labels come last
+    for other in sorted(labels, key=lambda other: other == name):       # its own labels last: they win
         ids = labels[other]
         if other.startswith(f"{name.split('/')[0]}/") and "task" in ids:
             tasks = numbered(ids["task"])
@@ -575,7 +593,7 @@ def find_overlaps(labels, counts, name):
 
 
 def surface(texts):
-    """No network at all: name -> texts (N,) becomes name -> counts of tokens and bigrams (N, grams)."""
+    """Counts of tokens and bigrams, in place of states: name -> texts (N,) becomes name -> (N, grams)."""
     if not texts:
         return {}
     everything = [text for some in texts.values() for text in some]
@@ -584,7 +602,7 @@ def surface(texts):
     cut_into = "words" if " " in "".join(everything) else "characters"
     for i, text in enumerate(everything):
         tokens = cut(text, cut_into)
-        # "" is in every text, so that an empty one has a row, too
+        # count "" once in every text, so that an empty text has a row, too
         some = ["", *tokens, *map(" ".join, zip(tokens, tokens[1:]))]
         rows += [i] * len(some)
         grams += some
@@ -593,16 +611,17 @@ def surface(texts):
 
 
 def kept_steps(folder):
-    """The steps whose captures are in a folder."""
+    """The steps with a capture in the folder, in ascending order."""
     return sorted(int(path.stem) for path in Path(folder).glob("states/[0-9][0-9][0-9][0-9][0-9][0-9].npz"))
 
 
 def read_labels(folder):
-    """Labels (N,) by "split/position" and identity, from labels.npz.
+    """Read labels.npz: "split/position" -> identity -> labels (N,).
 
-    Those of a run are computed anew, so that identities added since are there. Labels are numbered, except
-    `text`. The first position of a split with `text` is also its `surface`, a reserved name. Raises
-    ValueError if there are no labels, or not as many of every identity.
+    For a run, labels are computed anew, so as to include identities added since. All but `text` are turned
+    into whole numbers. The first position of a split that has `text` also becomes position `surface`, a
+    reserved name. Raises ValueError if there is no labels.npz, or if identities differ in their number of
+    labels.
     """
     path = f"{folder}/states/labels.npz"
     if Path(folder, "config.json").exists():
@@ -616,20 +635,20 @@ def read_labels(folder):
         ids = labels.setdefault(where, {})
         ids[identity] = of.astype(str)
         if where.count("/") != 1 or of.shape != (ids[min(ids)].size,) or "/surface/" in name:
-            raise ValueError(f"{path}: {name} must be named split/position/identity, and hold a label for "
-                             "each state, as many as other identities there")
+            raise ValueError(f"{path}: {name} must be named split/position/identity and hold one label per "
+                             "state, as many as the other identities at that position")
         if identity == "text":
             labels.setdefault(f"{where.split('/')[0]}/surface", ids)
-        else:                               # one numbering for all, so that splits can be compared
+        else:                               # one numbering for all splits, so that they can be compared
             ids[identity] = np.array([numbers.setdefault(label, len(numbers))
                                       for label in ids[identity]])
     return labels
 
 
 def read_states(folder, steps, name, n):
-    """The states (S, L + 1, n, C) stored as `name`, say val/answer. Raises ValueError if they do not fit."""
-    with reading(f"{folder}/states", f"there must be captures, all with {name}, finite numbers, layers x {n} "
-                 "(as many as labels) x width, the same at every step"):
+    """The states (S, L + 1, n, C) stored as `name`, e.g. val/answer. Raises ValueError if they do not fit."""
+    with reading(f"{folder}/states", f"every capture must hold {name}: finite numbers, layers x {n} (as many "
+                 "as labels) x width, the same at every step; there must be at least one"):
         x = np.stack([read_arrays(capture_path(folder, step))[name] for step in steps])
         S, L, N, C = x.shape
         if N != n or not x.size or not np.isfinite(x).all():
@@ -640,17 +659,17 @@ def read_states(folder, steps, name, n):
 def probe(folder, views=("raw",)):
     """Score every capture of a run, or of any folder of states, at every layer, position and split.
 
-    Returns rows, as score_states does, with view, position and split, and writes them to probe.jsonl.
-    Position `surface` is no network: counts of the tokens and bigrams in labels `text`, at step 0.
-    View `centred` needs labels `input`, `unphrased` needs `phrasing`. Neighbours are those in split `subset`.
-    Raises ValueError if there is nothing to score in some view, and for a folder that is damaged.
+    Returns rows like those of score_states, plus view, position and split, and writes them to probe.jsonl.
+    Position `surface` uses no network: counts of the tokens and bigrams in labels `text`, stored as step 0.
+    View `centred` needs labels `input`, `unphrased` needs `phrasing`. Neighbours are from split `subset`.
+    Raises ValueError if a view has nothing to score, or if the folder is damaged.
     """
     steps = kept_steps(folder)
     labels = read_labels(folder)
     counts = surface({name: ids["text"] for name, ids in labels.items() if name.endswith("/surface")})
     rows = []
     known = {}                              # (view, position) -> states and labels of subset
-    # subset comes first, so that the others find their neighbours in it
+    # subset comes first, as the other splits look for neighbours in it
     for name in sorted(labels, key=lambda name: not name.startswith("subset/")):
         split, position = name.split("/")
         ids = {identity: of for identity, of in labels[name].items() if identity != "text"}
@@ -678,7 +697,8 @@ def probe(folder, views=("raw",)):
             rows += [{"view": view, "position": position, "split": split, **row}
                      for row in scored]
     if {row["view"] for row in rows} != {*views}:
-        raise ValueError(f"{folder}: labels.npz lacks labels, or those that a view takes out, {VIEWS}")
+        raise ValueError(
+            f"{folder}: labels.npz needs labels to score and, for each view, the one it subtracts: {VIEWS}")
     write_rows(f"{folder}/probe.jsonl", rows)
     print(f"{len(rows):,} scores are in {folder}/probe.jsonl")
     return rows
@@ -686,19 +706,19 @@ def probe(folder, views=("raw",)):
 
 # ---------------------------------------------------------------- the report
 
-SHADES = "·░▒▓█"        # the first is for what is not beyond its null
+SHADES = "·░▒▓█"        # the first marks scores no better than their null
 
 
 def is_beyond(row):
-    """Does a score beat its null, the harder one if there are two? False if either is undefined."""
-    null = row.get("regrouped_95", row.get("null_95", 0))       # no null: any positive number does
+    """Does a score beat its null, the harder one if there are two? False if score or null is undefined."""
+    null = row.get("regrouped_95", row.get("null_95", 0))       # without a null, any positive score does
     if None in (null, row["value"]):
         return False
     return row["value"] < null if row["measure"] in LOWER else row["value"] > null
 
 
 def print_report(rows):
-    """Print what the rows of one view say of val, or of the first split there is."""
+    """Print the scores in the rows of one view: those of split val or, without val, of the first split."""
     found = {row[key] for row in rows for key in ("identity", "position", "split")}
     split = "val" if "val" in found else rows[0]["split"]
     steps = sorted({row["step"] for row in rows})
@@ -711,7 +731,7 @@ def print_report(rows):
             continue
         beyond = is_beyond(row)
         value = row["value"]
-        # the table shows the last step, the heat table one measure at every step
+        # the table keeps only the last step; the heat table shows every step, but only one measure
         name = f"{row['position']} {row['identity']} {row['measure']}"
         dot = SHADES[0] * (not beyond)
         table[name][row["layer"]] = ("-" if value is None else f"{dot}{value:.2f}").rjust(7)
@@ -721,8 +741,8 @@ def print_report(rows):
 
     print(f"\nAt a glance: pairwise F1 of task on {split}, two characters per capture, at steps "
           f"{', '.join(map(str, steps))}.\n"
-          f"{SHADES[0]} no better than chance; better: {SHADES[1]}, from 0.25 {SHADES[2]}, 0.5 {SHADES[3]}, "
-          f"0.75 {SHADES[4]}")
+          f"{SHADES[0]} no better than chance; {SHADES[1]} better, {SHADES[2]} from 0.25, "
+          f"{SHADES[3]} from 0.5, {SHADES[4]} from 0.75")
     for layer in sorted(heat, reverse=True):
         print(f"{layer}{heat[layer]}")
     print(f"\nScores of {split}, last step, view {rows[0]['view']}; lower is better: {', '.join(LOWER)}.\n"
@@ -732,18 +752,19 @@ def print_report(rows):
         print(f"{name:36}{''.join(cells.values())}")
     missing = {"task", "distribution", "input", "output", "surface", "subset"} - found
     if missing:
-        print(f"Not scored in this view, or for want of labels: {', '.join(sorted(missing))}.")
+        print(f"Not scored (not in this view, or no labels): {', '.join(sorted(missing))}.")
 
 
 # ---------------------------------------------------------------- the causal test
 
 
 def exchanges(x, y, centroids, columns):
-    """(position, patch) -> a mask and new states, which both broadcast to (n, T, C).
+    """All exchanges to try: (position, patch) -> (mask, new states), which both broadcast to (n, T, C).
 
-    x (n, T, C) are states of n prompts, y those of their donors; columns: position -> (n,); centroids:
-    position -> (2, n, inputs, C), the mean states of the own and the donor's task by input, nan where a task
-    lacks an input.
+    x (n, T, C) are the states of n prompts at one layer, y those of their donors.
+    columns: position -> (n,), the column of that position in each prompt.
+    centroids: position -> (2, n, inputs, C), for each prompt and input the mean state of its own task (first)
+    and of its donor's task (second), nan where the task lacks the input.
     """
     column = torch.arange(x.shape[1])[:, None]
     sep = columns["instruction"][:, None, None]
@@ -767,17 +788,19 @@ def exchanges(x, y, centroids, columns):
 
 @torch.no_grad()
 def patch(run):
-    """Do answers depend on the clusters? Exchange states of val's prompts at one layer and see.
+    """Do answers depend on the clusters? Replace states of val's prompts at one layer and see what changes.
 
-    A prompt's donor has the same input, another answer, and <sep> and <ans> in the same columns; prompts
-    without a donor are left out. The state at a position becomes the donor's; the centroid of the donor's
-    task or of its own; a random vector of the same norm; itself plus the difference of the two centroids;
-    or itself plus a random vector of that norm. A `span` of states becomes the donor's: `letters, <sep>` is
-    the positive control. Centroids are means over these prompts. An answer is known by its first token.
+    A prompt's donor has the same input, a different answer, and <sep> and <ans> in the same columns; prompts
+    without a donor are left out. The state at one position is replaced by
+        donor, centroid         the donor's state, or the mean state of the donor's task
+        shift                   itself plus that mean minus the mean of its own task, over shared inputs
+        random, random shift    a random vector of about its norm, or itself plus one as long as that shift
+    or all states in a `span` by the donor's (`letters, <sep>` is the positive control). Means are over the
+    prompts that have a donor. Answers are compared by their first token.
 
     Writes and returns the rows of patch.jsonl: layer, position, patch, n, the shares of n answers that equal
-    the donor's (`donor`) and the own (`right`), and `next`, the probability at <sep> of the inputs of the
-    donor's task. Raises ValueError if the run has no checkpoint, or no prompt has a donor.
+    the donor's (`donor`) and the prompt's own (`right`), and `next`, the total probability at <sep> of the
+    inputs of the donor's task. Raises ValueError if the run has no checkpoint, or no prompt has a donor.
     """
     data = read_data(run)
     model = load_model(run, data).cpu()
@@ -785,11 +808,11 @@ def patch(run):
     task = val.identities["task"]
     word = numbered(val.identities["input"])
 
-    # the columns of instruction and answer, and the tokens that follow them
+    # the columns of <sep> and <ans>, and the tokens after them: the first of the input and of the answer
     at = {name: val.positions[name][1][val.state_of(name)] for name in ("instruction", "answer")}
     asked, answers = (val.tokens[range(len(task)), columns + 1] for columns in at.values())
 
-    # sort prompts by input and columns, at random among equals: the donor is the one before
+    # sort prompts by input and columns, ties at random; the donor is the previous one, if it fits
     key = numbered([*map(str, zip(word, *at.values()))])
     luck = torch.rand(len(key), generator=make_generator("donors"))
     own = np.lexsort((luck, key))
@@ -798,8 +821,8 @@ def patch(run):
     own, donor = own[fits], donor[fits]
     n = range(len(own))
     if not n:
-        raise ValueError("no two prompts have one input and two answers: there is nothing to exchange")
-    inputs = contingency(task, numbered(asked))[task[donor]] > 0        # of the donor's task (n, inputs)
+        raise ValueError("no two prompts have the same input and different answers: nothing to exchange")
+    inputs = contingency(task, numbered(asked))[task[donor]] > 0        # (n, inputs), by the donor's task
     at = {name: torch.from_numpy(columns[own]) for name, columns in at.items()}
     size = len(data.tasks), word.max() + 1
 
@@ -827,26 +850,26 @@ def patch(run):
 
 
 def print_patch(rows):
-    """Print, for every patch and layer, what is answered and what is expected next."""
+    """Print, for every patch and layer, what the network answers and which inputs it expects."""
     lines = defaultdict(str)
     for row in rows:
         shares = "/".join(f"{100 * row[share]:3.0f}" for share in ("donor", "right", "next"))
         lines[row["position"], row["patch"]] += f"   {shares}"
-    print(f"What is answered if states are exchanged? {rows[0]['n']:,} prompts of val, in percent:\n"
-          "the donor's answer / the own answer / probability at <sep> of the inputs of the donor's task,\n"
-          "at positions instruction and answer, no others, and over spans of tokens;\n"
-          f"a column per layer, 0 to {rows[-1]['layer']}")
+    print(f"What does the network answer if states are exchanged? {rows[0]['n']:,} val prompts, in percent:\n"
+          "donor's answer / prompt's own answer / probability at <sep> of the inputs of the donor's task.\n"
+          "States are exchanged at position instruction or answer, or over a span of tokens;\n"
+          f"one column per layer, 0 to {rows[-1]['layer']}")
     for (position, name), cells in lines.items():
         print(f"{position:12}{name:14}{cells}")
 
 
 def main():
-    """Cluster the states of a run, or of any folder of states, and score the clusters, beside chance."""
+    """Cluster the states of a run, or of any folder of states, and compare the scores with chance."""
     flags = Flags(description=main.__doc__)
-    flags.add_argument("folder", help="a run folder, as train.py makes it, or any folder of states")
+    flags.add_argument("folder", help="a run folder made by train.py, or any folder of states")
     flags.add_argument("--view", nargs="+", choices=VIEWS, default=["raw"],
-                       help="states as they are (default), or minus the mean of their input, or phrasing")
-    flags.add_argument("--patch", action="store_true", help="causal test of a run, instead")
+                       help="states as they are (raw, default), or minus the mean of their input or phrasing")
+    flags.add_argument("--patch", action="store_true", help="activation patching of a run instead of scores")
     given = flags.parse_args()
     if given.patch:
         return print_patch(patch(given.folder))

@@ -1,10 +1,10 @@
-"""The job of `make train probe` as one would write it with transformers and scikit-learn.
+"""What `make train probe` does, written in the usual way with transformers and scikit-learn.
 
     pip install transformers scikit-learn
     python examples/peer.py
 
-speed.py times it: the same data, network, captures and number of clusterings, with AdamW at a usual rate for
-as many epochs as it needs. Left out are nulls, neighbours and half of the scores.
+speed.py times it. Data, network shape, captures and number of clusterings are the same; AdamW trains at a
+common learning rate for as many epochs as it needs. Nulls, neighbours and half of the scores are left out.
 """
 import sys
 import warnings
@@ -25,11 +25,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 EPOCHS = 40
 IDENTITIES = {"task", "distribution", "input", "output"}
-warnings.simplefilter("ignore")         # k-means complains of layer 0, where all points coincide
+warnings.simplefilter("ignore")         # k-means warns about layer 0, where all points coincide
 
 
 def make_gpt2(cfg, vocab_size, length):
-    """GPT-2 in the shape of our network, without dropout."""
+    """GPT-2 of the same shape as our network, without dropout."""
     torch.manual_seed(cfg.seed)
     return GPT2LMHeadModel(GPT2Config(
         vocab_size=vocab_size, n_positions=length, n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd,
@@ -37,7 +37,7 @@ def make_gpt2(cfg, vocab_size, length):
 
 
 def pairwise_f1(classes, clusters):
-    """F1 of "in one cluster" as a guess at "of one class"."""
+    """F1 of "in one cluster" as a predictor of "of one class", over pairs of points."""
     (_, fp), (fn, tp) = pair_confusion_matrix(classes, clusters)
     return 2 * tp / (2 * tp + fp + fn)
 
@@ -47,7 +47,7 @@ SCORES = pairwise_f1, adjusted_rand_score, normalized_mutual_info_score, adjuste
 
 @torch.no_grad()
 def capture(network, data):
-    """Hidden states (layers, N, T, C) of each split, and the share of val that is answered right."""
+    """Hidden states (layers, N, T, C) of each split, and accuracy on val."""
     states = {}
     for name in CAPTURED:
         split = data.splits[name]

@@ -1,16 +1,17 @@
-"""Fill in the numbers of a text from tables that table.py made. results/README.md is such a text.
+"""Update the numbers in a text from the tables that table.py wrote. results/README.md is such a text.
 
-    python examples/report.py                             results/README.md anew, from results/*/numbers.csv
+    python examples/report.py                             update results/README.md from results/*/numbers.csv
     python examples/report.py --numbers runs/results --out mine.md      with your numbers where you have any
 
-Behind a number a comment, which a page does not show, says which row of which table it is:
+A comment behind each number, invisible on the rendered page, says which row of which table it comes from:
 
     0.96 ± 0.05<!--default: instruction task f1 layer 4-->
 
-is the mean ± standard deviation over seeds in a row of default/numbers.csv: of val, and at the last step, as
-no other is named. In a line of a Markdown table the comment stands in the first cell, and * in it is the
-header of each column. `; null` at the end of a comment gives the harder null, `; beyond` in how many seeds
-the number beats its own, `; all` these three, and `; seeds` the number of each seed.
+is the mean ± standard deviation over seeds in a row of default/numbers.csv. Split val, view raw and the last
+step go without saying. In a Markdown table, the comment is in the first cell of a line, and a * in it stands
+for the header of each column. A comment may end in `; null` for the harder null, `; beyond` for the number of
+seeds in which the value beats its own null, `; all` for the mean and these two, or `; seeds` for the value of
+each seed.
 """
 import csv
 import re
@@ -28,7 +29,7 @@ COMMENT = r"<!--([\w*-]+): ([^;]+?)(?:; (\w+))?-->"
 
 
 def read_table(path):
-    """The rows of a table by name: what they are about, without `val`, `raw` and the last step."""
+    """Row name -> row of a table. Names say what a row is about, less `val`, `raw` and the last step."""
     with open(path, encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     last = max(int(row["step"] or 0) for row in rows)
@@ -43,7 +44,7 @@ def read_table(path):
 
 
 def show(row, stat):
-    """A row as text: mean ± standard deviation over seeds (none if it rounds to 0), or as `stat` says."""
+    """A row as text: mean ± standard deviation over seeds (left out if 0.00), or what `stat` asks for."""
     values = [float(row[key]) if row[key] else None for key in row if key.startswith("seed ")]
     mean = spread(values).removesuffix(" ± 0.00")
     null = row["regrouped_95"] or row["null_95"]
@@ -52,14 +53,14 @@ def show(row, stat):
     each = ", ".join("-" if value is None else f"{value:.3g}" for value in values)
     shown = {None: mean, "null": null, "beyond": beyond, "all": f"{mean} ({null}; {beyond})", "seeds": each}
     if stat not in shown:
-        raise ValueError(f"'; {stat}' is in a comment, it may be {', '.join(filter(None, shown))}")
+        raise ValueError(f"'; {stat}' is in a comment, it must be one of {', '.join(filter(None, shown))}")
     return shown[stat]
 
 
 def fill(text, *folders):
-    """The text with its numbers from FOLDER/*/numbers.csv, of each study from the last folder that has it.
+    """Return the text with its numbers taken from FOLDER/*/numbers.csv.
 
-    Raises ValueError for a number that is not there.
+    If several folders have a study, the last one counts. Raises ValueError for a number that no table has.
     """
     tables = {}
     for folder in folders:
@@ -83,7 +84,7 @@ def fill(text, *folders):
         of_all = re.search(COMMENT, cells[1]) if header else None
         if of_all:
             for i in range(2, len(cells) - 1):
-                if cells[i] != " – ":               # there is no such number
+                if cells[i] != " – ":               # a dash: no such number
                     cells[i] = f" {look_up(*of_all.groups(), header[i])} "
             line = "|".join(cells)
         else:
@@ -93,20 +94,21 @@ def fill(text, *folders):
 
 
 def main():
-    """Write the numbers of a text anew, as the comments behind them say."""
+    """Update the numbers in a text, as the comments behind them say."""
     flags = Flags(description=main.__doc__)
-    flags.add_argument("text", nargs="?", default="results/README.md", help="default: results/README.md")
-    flags.add_argument("--numbers", help="a folder with STUDY/numbers.csv that takes precedence")
-    flags.add_argument("--out", help="where to write (default: over the text)")
+    flags.add_argument("text", nargs="?", default="results/README.md",
+                       help="text to update (default: results/README.md)")
+    flags.add_argument("--numbers", help="folder with STUDY/numbers.csv that takes precedence")
+    flags.add_argument("--out", help="output file (default: overwrite the text)")
     given = flags.parse_args()
     text = Path(given.text)
     folders = [text.parent]
     if given.numbers:
         folders.append(given.numbers)
     if not [*Path(folders[-1]).glob("*/numbers.csv")]:
-        raise ValueError(f"{folders[-1]}: there is no STUDY/numbers.csv in it")
+        raise ValueError(f"{folders[-1]}: no STUDY/numbers.csv in it, make results writes them")
     write(given.out or text, fill(text.read_text(encoding="utf-8"), *folders))
-    print(f"{given.out or text} has its numbers from {' and '.join(map(str, folders))}")
+    print(f"{given.out or text} now has its numbers from {' and '.join(map(str, folders))}")
 
 
 if __name__ == "__main__":

