@@ -1,13 +1,13 @@
-"""The model: GPT-2's architecture, small, and returning its hidden states.
+"""The model: a small GPT-2 that also returns its hidden states.
 
     logits, states = GPT(ModelConfig(vocab_size=60, block_size=14))(idx)
 
-`forward` always returns both, the logits of all positions and the residual stream around every block: the
-stream is what this project studies. Layer 0 is the embedding output, layer l the stream after block l. None
-is normalised: the final norm belongs to the head.
+`forward` always returns two things: the logits at every position, and the residual stream at every layer,
+which is what this project studies. Layer 0 is the embedding output, layer l the stream after block l. No
+layer is normalised: the final norm belongs to the head.
 
 As in GPT-2: normalisation before each sublayer, learned positions, GELU, a head tied to the embedding.
-Departures: linear maps have no biases, which is faster, and there is no dropout; the paper is silent on both.
+Unlike GPT-2: no biases in linear maps, which is faster, and no dropout. The paper does not mention either.
 
 Shapes, here and in the other files: B batch, T positions, C width, H heads, L blocks, V vocabulary.
 """
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 class ModelConfig:
     """Sizes of a GPT. Raises ValueError if n_embd is not a multiple of n_head."""
     vocab_size: int         # V
-    block_size: int         # longest sequence
+    block_size: int         # longest sequence, in tokens
     n_layer: int = 4        # L
     n_head: int = 2         # H
     n_embd: int = 64        # C
@@ -52,7 +52,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear maps around a GELU, four times as wide inside: (B, T, C) -> (B, T, C)."""
+    """Two linear maps with a GELU in between, 4 C wide inside: (B, T, C) -> (B, T, C)."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -64,7 +64,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Each sublayer reads the normalised stream and adds to it: (B, T, C) -> (B, T, C)."""
+    """Attention, then MLP; each reads the normalised stream and adds to it: (B, T, C) -> (B, T, C)."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -77,9 +77,9 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The whole network. `generator` decides its initial weights, which are GPT-2's:
+    """The whole network. Its initial weights are drawn from `generator`, distributed as in GPT-2:
 
-    | what                                          | initial values             |
+    | weights                                       | initial values             |
     |-----------------------------------------------|----------------------------|
     | embeddings and linear maps                    | N(0, 0.02)                 |
     | the maps back into the stream (`out.weight`)  | N(0, 0.02 / sqrt(2 L))     |
@@ -95,12 +95,12 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(cfg.n_embd)
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                # both sublayers call their map back into the stream `out`
+                # in both sublayers, `out` is the map back into the stream
                 std = 0.02 / math.sqrt(2 * cfg.n_layer) if name.endswith("out.weight") else 0.02
                 nn.init.normal_(p, std=std, generator=generator)
 
     def forward(self, idx: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """idx (B, T) int64 -> logits (B, T, V) and L + 1 states (B, T, C), layer by layer."""
+        """Tokens idx (B, T) int64 -> logits (B, T, V) and a list of L + 1 states (B, T, C), one per layer."""
         x = self.token(idx) + self.position.weight[:idx.shape[1]]
         states = [x]
         for block in self.blocks:
@@ -109,5 +109,5 @@ class GPT(nn.Module):
         return self.head(x), states
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
-        """Last states (..., C) -> logits (..., V), by way of the final norm and the tied embedding."""
+        """States of the last layer (..., C) -> logits (..., V): final norm, then the tied embedding."""
         return F.linear(self.norm(x), self.token.weight)

@@ -507,13 +507,13 @@ def score_states(states, labels, steps, seed=0, overlaps={}):
             continue                        # no two tasks have the same inputs: this would repeat `task`
         # does the input determine the label? Then whole inputs swap labels, all in one group
         fixed = (classes[np.unique(inputs, return_index=True)[1]][inputs] == classes).all()
-        within = inputs * ~fixed
+        within = inputs * ~fixed            # if fixed, all are one group
         units = inputs if fixed and identity != "input" else np.arange(N)
         nulls = {"null": deal(classes, units, within, seed)}
         if identity == "task":
             if "distribution" in ids:
                 parts = ids["distribution"] * N + classes       # --shuffle-tasks splits regexes between tasks
-                units = parts * N * ~fixed + inputs             # a part with one input; if fixed, an input
+                units = inputs if fixed else parts * N + inputs
                 nulls["regrouped"] = deal(classes, units, within, seed)
                 if "input" in ids:                              # otherwise, the same draws again
                     nulls["regrouped"] += deal(classes, parts, 0 * inputs, seed)
@@ -741,12 +741,11 @@ def print_report(rows):
 
     print(f"\nAt a glance: pairwise F1 of task on {split}, two characters per capture, at steps "
           f"{', '.join(map(str, steps))}.\n"
-          f"{SHADES[0]} no better than chance; {SHADES[1]} better, {SHADES[2]} from 0.25, "
-          f"{SHADES[3]} from 0.5, {SHADES[4]} from 0.75")
+          "· no better than chance; ░ better, ▒ from 0.25, ▓ from 0.5, █ from 0.75")
     for layer in sorted(heat, reverse=True):
         print(f"{layer}{heat[layer]}")
     print(f"\nScores of {split}, last step, view {rows[0]['view']}; lower is better: {', '.join(LOWER)}.\n"
-          f"{SHADES[0]} no better than the best of {N_NULL} random relabellings; by chance, one score in "
+          f"{SHADES[0]} no better than the best of {N_NULL} random relabellings; by chance, at most one in "
           f"{N_NULL + 1} is better.\n{'layer':36}{''.join(f'{layer:7}' for layer in layers)}")
     for name, cells in table.items():
         print(f"{name:36}{''.join(cells.values())}")
