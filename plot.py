@@ -347,7 +347,7 @@ def draw_measures(rows):
             "layer",
             names,
             colors,
-            ylim=(None, 6 if measure == "nc1" else 1.2),
+            ylim=(None, 6 if measure == "nc1" else 1.05),
             shade=True)
 
 

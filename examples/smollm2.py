@@ -79,7 +79,8 @@ def report(rows, out):
                 if row["arm"] not in ARMS[:3]:          # no grey for the others
                     row |= {"null_95": None, "regrouped_95": None}
             panels = {panel: select(here, panel=panel) for panel in PANELS}
-            title = f"What do SmolLM2's states at {position} cluster by? (grey: chance {', '.join(ARMS[:3])})"
+            title = (f"What do SmolLM2's states at {position} cluster by? "
+                     f"(grey: chance for {', '.join(ARMS[:3])})")
             with plot.own_style():
                 fig = plot.draw_panels(title, "pairwise F1", panels, "layer", "arm", dict(zip(ARMS, ARMS)),
                                        shade=True)
