@@ -1,10 +1,10 @@
-"""Why you may believe it: every test is a claim, checked against something that shares no code with ours.
+"""Why you may believe it: each test is a claim, checked by code that shares nothing with ours.
 
-    make test                                       all of them
-    .venv/bin/pytest test_all.py -k regex           those with this word in their name
-    .venv/bin/pytest test_all.py -k "not page"      without those of README.md and results/README.md
+    make test                                       all tests, 1 to 2 minutes
+    .venv/bin/pytest test_all.py -k regex           tests with this word in their name
+    .venv/bin/pytest test_all.py -k "not page"      without those that read README.md
 
-Tests of CUDA, figures and language models are skipped where a GPU, matplotlib or transformers is missing.
+Tests that need a GPU, matplotlib or transformers are skipped where it is missing.
 """
 import copy
 import json
@@ -65,12 +65,12 @@ cuda = mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def tiny(out, **changes):
-    """The configuration of a run that takes a second."""
+    """The configuration of a run that takes about a second."""
     return train.Config(**TINY | changes, out=str(out))
 
 
 def as_flags(knobs):
-    """A configuration as the command line takes it."""
+    """Settings as command-line flags."""
     return [f"--{name.replace('_', '-')}={value}" for name, value in knobs.items()]
 
 
@@ -86,7 +86,7 @@ def run(tmp_path_factory):
 
 @fixture(scope="module")
 def trained(run):
-    """The data of the run, and its network."""
+    """The data and the network of `run`."""
     d = train.read_data(run)
     return d, train.load_model(run, d)
 
@@ -98,7 +98,7 @@ def rows(run):
 
 @fixture
 def error(capsys, monkeypatch):
-    """A function that calls a command line, which has to fail, and returns its one line on stderr."""
+    """A function that runs a command line, which must fail with status 2, and returns its message."""
     def call(module, *argv):
         monkeypatch.setattr(sys, "argv", ["", *map(str, argv)])
         with raises(SystemExit, match="2"):
@@ -113,7 +113,7 @@ def error(capsys, monkeypatch):
 
 
 def patterns(*atoms):
-    """Patterns made of these."""
+    """Random patterns composed of these atoms."""
     quantifiers = st.sampled_from(["?", "*", "+", "{2}", "{0,2}", "{1,}", "{0}"])
     return st.recursive(st.sampled_from(atoms), lambda p: st.one_of(
         st.tuples(p, p).map("".join),
@@ -122,14 +122,14 @@ def patterns(*atoms):
 
 
 def language(pattern, alphabet):
-    """All strings of at most four of these characters that re accepts."""
+    """All strings of at most four characters from the alphabet that `re` accepts."""
     strings = map(
         "".join,
         chain(*(product(alphabet, repeat=n) for n in range(5))))
     return [s for s in strings if re.fullmatch(pattern, s)]
 
 
-ABCD = patterns("a", "b", "", "[ab]", "[b-d]", "[a-c]")         # their languages can be listed
+ABCD = patterns("a", "b", "", "[ab]", "[b-d]", "[a-c]")         # languages small enough to list
 
 
 @given(patterns("a", "b", "", ".", "[ab]", "[^a]", r"\d", r"\.", r"\W"))
@@ -151,7 +151,7 @@ def test_regex_counts_indexes_and_samples_exactly_the_strings_that_brute_force_f
 
 
 @given(st.lists(ABCD, min_size=2, max_size=5))
-def test_regex_overlaps_are_found_where_two_languages_share_a_string(some):
+def test_regex_overlap_is_found_exactly_if_two_languages_share_a_string(some):
     languages = [{*language(pattern, "abcd")} for pattern in some]
     shared = [
         (i, j)
@@ -182,7 +182,7 @@ def test_regex_agrees_with_re_on_any_text_or_says_what_is_wrong(pattern, string)
     ("a{1000}", 0),                         # too long
     (r"[^\w]", 32),
     ("[a-z]{40}", 26 ** 40)])
-def test_regex_counts_strings_not_the_ways_to_derive_them(pattern, count):
+def test_regex_counts_strings_not_derivations(pattern, count):
     assert Regex(pattern).count == count
 
 
@@ -206,7 +206,7 @@ a)          unmatched )             1
 
 
 @mark.parametrize("line", UNSUPPORTED.strip().split("\n"))
-def test_regex_names_what_it_does_not_support_and_where(line):
+def test_regex_errors_name_the_construct_and_its_position(line):
     pattern, construct, position = re.split("  +", line)
     with raises(ValueError, match=re.escape(f"{construct} at position {position} of")):
         Regex(pattern)
@@ -253,7 +253,7 @@ def test_random_tasks_have_disjoint_languages_and_different_maps(seed, pairs, mo
         sets = sets[::2]
     assert len({*sets}) == min(len(sets), math.comb(n_inputs, 3))
     for one, other in combinations(tasks, 2):
-        assert not one.map.items() & other.map.items()          # inputs in common have other outputs
+        assert not one.map.items() & other.map.items()          # shared inputs have different outputs
 
 
 def test_train_val_and_ood_share_no_instruction(dataset):
@@ -276,13 +276,13 @@ def test_every_instance_comes_from_its_regex_and_its_map(dataset):
             assert task.map[x.input] == x.output
 
 
-def test_neither_input_output_nor_length_gives_the_task_away(dataset):
+def test_inputs_outputs_and_lengths_do_not_give_the_task_away(dataset):
     tasks = defaultdict(set)
     for x in dataset.splits["train"].instances:
         tasks[x.input].add(x.task)
         tasks[x.output].add(x.task)
         assert len(x.instruction) == 10
-    assert {len(tasks[word]) for word in "ABCDEFGHIJ"} == {8}               # 80 pairs are dealt evenly
+    assert {len(tasks[word]) for word in "ABCDEFGHIJ"} == {8}               # used equally often
     assert {len(tasks[str(number)]) for number in range(20)} == {4}
 
 
@@ -297,11 +297,11 @@ def test_a_row_of_tokens_is_the_instance_and_states_are_read_at_sep_and_ans(data
         assert len(rows) == n
         assert {texts[row][column] for row, column in zip(rows, columns)} == {mark}
         assert split.labels(position)["task"].tolist() == [split.instances[row].task for row in rows]
-    assert "input" not in split.labels("instruction")           # which several instances share
+    assert "input" not in split.labels("instruction")           # one state, several inputs
 
 
 @given(st.integers(1, 9), st.integers(1, 12), st.integers(0, 99))
-def test_a_large_task_is_taught_in_turns_and_pairs_are_the_rest(tmp_path, n_asked, n_inputs, seed):
+def test_inputs_of_a_large_task_take_turns_and_pairs_asks_the_rest(tmp_path, n_asked, n_inputs, seed):
     task = Task(
         "t",
         {f"{i}": "x" for i in range(n_inputs)},
@@ -318,7 +318,7 @@ def test_a_large_task_is_taught_in_turns_and_pairs_are_the_rest(tmp_path, n_aske
     assert {*pairs}.isdisjoint(asked["train"])
     assert len(asked["subset"]) == 10 * min(n_asked, n_inputs)
     assert len(pairs) == 10 * max(0, min(n_asked, n_inputs - n_asked))
-    for regex in "ab":                                          # each teaches all inputs equally often
+    for regex in "ab":                                          # each teaches every input equally often
         turns = Counter(
             word
             for string, word in asked["train"] + asked["val"]
@@ -326,7 +326,7 @@ def test_a_large_task_is_taught_in_turns_and_pairs_are_the_rest(tmp_path, n_aske
         assert len(turns) == n_inputs and max(turns.values()) - min(turns.values()) <= 1
 
 
-def test_text_is_cut_into_words_as_a_reader_would_whatever_its_unicode_form():
+def test_text_is_cut_into_words_in_any_script():
     assert data.words("What's e-mail; 3.5?") == ["What's", "e-mail", ";", "3", ".", "5", "?"]
     assert data.words("हिन्दी में น้ำ Tie\u0302\u0301ng") == ["हिन्दी", "में", "น้ำ", "Tiếng"]
 
@@ -343,7 +343,7 @@ def test_shuffled_tasks_are_random_and_still_obey_their_maps(dataset):
     assert abs(np.mean(same) - 1 / 16) < 4 * math.sqrt(1 / 16 / len(same))
 
 
-def test_facts_follow_from_one_another():
+def test_facts_are_consistent_with_each_other():
     _, tasks = data.read_tasks(HERE / "facts.json", 128)
     task = {task.name: task.map for task in tasks}
     for verb, third in task["third person"].items():
@@ -443,13 +443,13 @@ def test_captures_are_the_states_of_the_network_at_each_position(run, trained):
         states = []
         for row in some:
             end = row.tolist().index(d.vocabulary.index(mark)) + 1
-            _, layers = net(torch.from_numpy(row[None, :end]))          # nothing behind it is read
+            _, layers = net(torch.from_numpy(row[None, :end]))          # without what follows
             states.append(torch.cat(layers)[:, -1].detach())
         capture = np.load(run / "states/000024.npz")[f"val/{position}"]
         assert np.allclose(capture, torch.stack(states, 1), rtol=2e-3, atol=2e-3)
 
 
-def test_accuracy_is_that_of_greedy_decoding(trained):
+def test_accuracy_equals_greedy_decoding(trained):
     d, net = trained
     split = d.splits["val"]
     right = []
@@ -463,7 +463,7 @@ def test_accuracy_is_that_of_greedy_decoding(trained):
 
 
 @mark.parametrize("shape", [(24, 8), (8, 24), (8, 8)])
-def test_muon_does_what_that_of_torch_does(shape):
+def test_muon_matches_the_one_in_torch(shape):
     torch.manual_seed(0)
     ours = [torch.nn.Parameter(torch.randn(shape)) for _ in range(2)]
     theirs = copy.deepcopy(ours)
@@ -476,11 +476,11 @@ def test_muon_does_what_that_of_torch_does(shape):
         muon.step()
         reference.step()
         for p, q in zip(ours, theirs):
-            assert torch.allclose(p, q, atol=0.006)                     # torch's is in bfloat16
+            assert torch.allclose(p, q, atol=0.006)                     # torch computes in bfloat16
 
 
 @mark.parametrize("loss_on", ["all", "answer"])
-def test_training_is_what_a_plain_loop_does_one_instance_at_a_time(loss_on, tmp_path):
+def test_training_matches_a_plain_loop_over_single_instances(loss_on, tmp_path):
     cfg = tiny(tmp_path, steps=10, n_captures=99, optimizer="adamw", loss_on=loss_on)
     train.train(cfg)
     d = make_dataset(cfg)
@@ -510,7 +510,7 @@ def losses(run):
     return [row["loss"] for row in read_rows(run / "metrics.jsonl")]
 
 
-def test_two_processes_learn_what_one_does_and_one_of_them_writes(tmp_path):
+def test_two_processes_learn_the_same_as_one_and_only_one_writes(tmp_path):
     knobs = TINY | {"optimizer": "adamw", "batch_size": 63}                     # two halves of 63 differ
     one = train.train(train.Config(**knobs, out=str(tmp_path / "one")))
     two = tmp_path / "two"
@@ -530,7 +530,7 @@ def outcome(run):
 
 
 def stop_in_evaluation(n, monkeypatch):
-    """Press Ctrl-C in the n-th evaluation."""
+    """Simulate Ctrl-C in the n-th evaluation."""
     evaluate = train.evaluate
     calls = count(1)
 
@@ -541,7 +541,7 @@ def stop_in_evaluation(n, monkeypatch):
     monkeypatch.setattr(train, "evaluate", stop)
 
 
-def test_a_run_that_was_stopped_says_how_to_go_on_and_goes_on_to_the_same_bits(
+def test_a_stopped_run_says_how_to_resume_and_then_ends_in_the_same_bits(
         run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["", *as_flags(TINY), "--out", f"{tmp_path}/my run"])
     stop_in_evaluation(4, monkeypatch)
@@ -553,8 +553,8 @@ def test_a_run_that_was_stopped_says_how_to_go_on_and_goes_on_to_the_same_bits(
     assert outcome(f"{tmp_path}/my run") == outcome(run)
 
 
-def test_a_run_that_is_killed_at_any_moment_goes_on_to_the_same_bits(run, tmp_path):
-    context = multiprocessing.get_context("forkserver")         # its processes need not import torch
+def test_a_run_killed_at_any_moment_resumes_and_ends_in_the_same_bits(run, tmp_path):
+    context = multiprocessing.get_context("forkserver")         # so that processes start fast
     context.set_forkserver_preload(["train"])
     kills = 0
     process = None
@@ -568,11 +568,11 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_to_the_same_bits(run, tmp_pa
             process.join()
             kills += 1
     assert kills > 2
-    assert outcome(tmp_path) == outcome(run)                    # which hashes strings in another way
+    assert outcome(tmp_path) == outcome(run)                    # although string hashes differ
 
 
 @cuda
-def test_cuda_goes_on_where_cpu_stopped_and_gives_the_same_numbers(run, tmp_path, monkeypatch):
+def test_cuda_resumes_a_run_of_the_cpu_with_the_same_numbers(run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, raises(KeyboardInterrupt):
         patch.setattr(torch.cuda, "is_available", lambda: False)
         stop_in_evaluation(4, patch)
@@ -581,9 +581,9 @@ def test_cuda_goes_on_where_cpu_stopped_and_gives_the_same_numbers(run, tmp_path
     assert losses(tmp_path) == approx(losses(run), abs=5e-3)
 
 
-def test_a_run_that_starts_from_another_takes_its_weights_by_token(run, trained, tmp_path):
+def test_start_copies_weights_and_matches_embeddings_by_token(run, trained, tmp_path):
     d, net = trained
-    cfg = tiny(tmp_path, asks_for="nothing")        # fewer positions, and tokens have other numbers
+    cfg = tiny(tmp_path, asks_for="nothing")        # shorter sequences and other token numbers
     other = make_dataset(cfg)
     new = train.make_model(cfg, other)
     train.init_from(run, new, other)
@@ -599,7 +599,7 @@ def test_a_run_that_starts_from_another_takes_its_weights_by_token(run, trained,
 
 
 def around(labels, noise=0.1, seed=0):
-    """States (N, 8) about a random place for each label."""
+    """States (N, 8) scattered around one random centre per label."""
     rng = np.random.default_rng(seed)
     places = rng.normal(size=(labels.max() + 1, 8))
     return places[labels] + noise * rng.normal(size=(len(labels), 8))
@@ -619,7 +619,7 @@ def test_kmeans_finds_the_best_grouping_of_a_few_points(seed):
 
 
 @mark.parametrize("scale, origin", [(1, 0), (1, 1e8), (1e18, 0), (1e-18, 0)])
-def test_kmeans_ends_where_lloyd_cannot_improve_at_any_scale_and_in_any_batch(scale, origin):
+def test_kmeans_ends_at_a_fixed_point_at_any_scale_and_in_any_batch(scale, origin):
     batch = np.stack([scale * around(np.arange(120) % 6, 0.5, seed) + origin for seed in range(3)])
     found = probe.kmeans(batch, 6)
     for x, labels, centroids, inertia in zip(batch, *map(np.asarray, found)):
@@ -657,7 +657,7 @@ def test_silhouette_equals_its_definition_point_by_point(n, k, seed):
 
 
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 10 ** 6))
-def test_knn_equals_a_literal_loop_with_ties_by_index(a, b, seed):
+def test_knn_equals_a_plain_loop_with_ties_by_index(a, b, seed):
     k, n = sorted([a, b])
     rng = np.random.default_rng(seed)
     known = rng.integers(-3, 4, (n, 2))                         # whole numbers: many exact ties
@@ -682,7 +682,7 @@ def information(points):
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=2, max_size=6))
-def test_scores_equal_counting_points_pairs_and_permutations(points):
+def test_scores_equal_brute_force_over_points_pairs_and_permutations(points):
     classes, clusters = zip(*points)
     kinds = Counter(
         (i == k, j == m)
@@ -715,14 +715,14 @@ def test_scores_equal_counting_points_pairs_and_permutations(points):
     ("class_f1", (10 / 14 + 8 / 11 + 6 / 9) / 3),
     ("purity", 12 / 17),            # 0.71 in the book
     ("nmi", 0.3646)])               # 0.36 in the book
-def test_scores_of_the_textbook_table(name, value):
+def test_scores_match_the_textbook_example(name, value):
     classes = [*map(int, "00000000111112222")]                  # Manning, Raghavan & Schuetze, figure 16.4
     clusters = [*map(int, "00000122011111222")]
     assert probe.MEASURES[name](classes, clusters) == approx(value, abs=1e-4)
 
 
 @mark.parametrize("measure", probe.MEASURES.values(), ids=probe.MEASURES)
-def test_measures_take_any_whole_numbers_and_are_1_for_the_same_partition(measure):
+def test_measures_take_any_whole_numbers_and_are_1_for_identical_partitions(measure):
     classes, *batch = np.random.default_rng(0).integers(0, 3, (4, 50))
     assert np.allclose(measure(classes, batch), [measure(classes, clusters) for clusters in batch])
     assert measure(classes, -1000 * classes) == approx(1)
@@ -751,20 +751,20 @@ INPUT = (TASK + np.arange(240) % 5) % 10                    # and of 5 inputs, s
 
 
 def score(states, measure, seed=0, **labels):
-    """The row of a measure of `task`."""
+    """The row of one measure of `task`."""
     labels = {"task": TASK, "distribution": REGEX, **labels}
     rows = probe.score_states(states[None, None], labels, [0], seed)
     [row] = select(rows, identity="task", measure=measure)
     return row
 
 
-def passed(states, seed=0, **labels):
-    """Which nulls the pairwise F1 of tasks passes."""
+def beaten(states, seed=0, **labels):
+    """The nulls that the pairwise F1 of `task` beats."""
     row = score(states, "f1", seed, **labels)
     return {null for null in ("null", "regrouped") if row["value"] > row[f"{null}_95"]}
 
 
-def test_a_null_deals_labels_to_whole_units_within_groups_and_every_deal_occurs():
+def test_a_null_shuffles_labels_among_whole_units_within_each_group():
     units = np.array([*"abacddeb"])
     labels = np.array([*"12134452"])
     groups = np.isin(units, ["d", "e"])
@@ -780,7 +780,7 @@ def test_a_null_deals_labels_to_whole_units_within_groups_and_every_deal_occurs(
 
 
 @mark.parametrize("measure, extreme", [("f1", max), ("nc1", min)])
-def test_beside_a_score_stand_the_mean_and_the_extreme_of_its_draws(measure, extreme):
+def test_rows_hold_the_mean_and_the_extreme_of_the_null(measure, extreme):
     draws = np.random.default_rng(0).normal(size=(20, 1, 1))
     [row] = probe.make_rows([7], "task", measure, np.exp, draws[0], null=draws)
     first, *some = np.exp(draws).ravel()
@@ -792,30 +792,30 @@ def test_beside_a_score_stand_the_mean_and_the_extreme_of_its_draws(measure, ext
     (TASK, {"null", "regrouped"}),
     (np.random.default_rng(0).permutation(24)[REGEX] // 3, {"null"}),       # three regexes of any task
     (np.arange(240) % 8, set())])
-def test_regexes_that_clump_pass_one_null_and_only_merged_tasks_pass_both(clumps, nulls):
-    assert passed(around(clumps)) == nulls
+def test_clusters_of_regexes_beat_one_null_and_only_clusters_of_tasks_beat_both(clumps, nulls):
+    assert beaten(around(clumps)) == nulls
 
 
-def test_states_that_group_by_input_or_regex_alone_are_within_the_nulls_of_task():
+def test_clusters_by_input_or_regex_alone_do_not_beat_the_nulls_of_task():
     beyond = Counter()
     for seed in range(12):
         by_input = around(INPUT, seed=seed)
         by_regex = around(np.random.default_rng(seed).permutation(24)[REGEX], seed=seed)
-        beyond.update(passed(by_input, seed, input=INPUT))
-        beyond["by regex"] += "regrouped" in passed(by_regex, seed, input=INPUT)
-        assert passed(by_input, seed)                           # where labels go to states of other inputs
-        assert passed(by_input + around(TASK), seed, input=INPUT) == {"null", "regrouped"}
+        beyond.update(beaten(by_input, seed, input=INPUT))
+        beyond["by regex"] += "regrouped" in beaten(by_regex, seed, input=INPUT)
+        assert beaten(by_input, seed)                           # if labels may move between inputs
+        assert beaten(by_input + around(TASK), seed, input=INPUT) == {"null", "regrouped"}
     assert max(beyond.values()) <= 3                            # by chance one in 21
 
 
-def test_labels_that_the_input_fixes_are_dealt_to_whole_inputs():
+def test_labels_determined_by_the_input_are_shuffled_among_whole_inputs():
     inputs = np.arange(240) % 24
     task = inputs % 8
-    regex = 2 * task + np.arange(240) // 24 % 2                 # two a task, each with all its inputs
+    regex = 2 * task + np.arange(240) // 24 % 2                 # two per task, each with all inputs
     beyond = Counter()
     for seed in range(12):
         for by, classes in {"input": inputs, "task": task, "regex": regex}.items():
-            nulls = passed(
+            nulls = beaten(
                 around(classes, 0.1, seed),
                 seed,
                 input=inputs,
@@ -827,7 +827,7 @@ def test_labels_that_the_input_fixes_are_dealt_to_whole_inputs():
     assert beyond["task"] == 12
 
 
-def test_a_trained_network_is_beyond_its_nulls_and_one_of_shuffled_tasks_is_not(tmp_path):
+def test_a_trained_network_beats_its_nulls_unless_its_tasks_were_shuffled(tmp_path):
     sizes = dict(
         n_tasks=8,
         n_distributions=3,
@@ -869,14 +869,14 @@ def last_states(run, name, layer):
 
 
 @mark.parametrize("position, layer", [("instruction", 1), ("answer", 2)])
-def test_scores_of_neighbours_equal_a_literal_loop(run, rows, position, layer):
+def test_knn_scores_equal_a_plain_loop(run, rows, position, layer):
     known, tasks, regexes = last_states(run, f"subset/{position}", layer)
     scores = defaultdict(list)
     for point, task, regex in zip(*last_states(run, f"val/{position}", layer)):
         order = ((known - point) ** 2).sum(1).argsort(kind="stable")
         votes = sorted(tasks[order[:10]])
         alike = tasks[order] == task
-        scores["knn_task"].append(max(votes, key=votes.count) == task)      # of a tie the lowest
+        scores["knn_task"].append(max(votes, key=votes.count) == task)      # if tied, the lowest
         scores["knn_share"].append(alike[:10].mean())
         scores["knn_share_other"].append(alike[regexes[order] != regex][:10].mean())
     last = select(
@@ -905,7 +905,7 @@ def test_rsa_equals_loops_over_pairs_of_states_and_of_tasks(run, rows, trained):
     assert row["value"] == approx(np.corrcoef(alike, shared)[0, 1], abs=1e-4)
 
 
-def test_the_report_marks_the_scores_that_are_within_their_null(rows, capsys):
+def test_the_report_marks_scores_that_do_not_beat_their_null(rows, capsys):
     probe.print_report(rows)
     said = re.sub(" +", " ", capsys.readouterr().out)
     lines = defaultdict(str)
@@ -924,13 +924,13 @@ def test_the_report_marks_the_scores_that_are_within_their_null(rows, capsys):
 
 
 def write_folder(folder, states, **labels):
-    """A folder that has nothing but states of val, at position last."""
+    """Write a folder with nothing but states of val at position `last`."""
     (folder / "states").mkdir(parents=True)
     np.savez(folder / "states/000000.npz", **{"val/last": states})
     np.savez(folder / "states/labels.npz", **{f"val/last/{name}": of for name, of in labels.items()})
 
 
-def test_any_folder_of_states_is_probed_and_labels_may_be_text(run, rows, tmp_path):
+def test_any_folder_of_states_can_be_probed_with_labels_as_numbers_or_text(run, rows, tmp_path):
     x = np.random.default_rng(0).normal(size=(3, 240, 8))
     x[1] = around(TASK)
     write_folder(tmp_path / "numbers", x, task=TASK)
@@ -940,11 +940,11 @@ def test_any_folder_of_states_is_probed_and_labels_may_be_text(run, rows, tmp_pa
     beyond = [probe.is_beyond(row) for row in select(found, measure="f1")]
     assert beyond == [False, True, False]
     shutil.copytree(run / "states", tmp_path / "run/states")
-    assert probe.probe(tmp_path / "run") == rows                # as if the rest of the run were there
+    assert probe.probe(tmp_path / "run") == rows                # the states are all it needs
 
 
 @mark.parametrize("view, label", [("centred", "input"), ("unphrased", "phrasing")])
-def test_a_view_shows_tasks_where_another_identity_hid_them(view, label, tmp_path):
+def test_a_view_uncovers_tasks_hidden_by_another_identity(view, label, tmp_path):
     groups = np.arange(240) % 10                                # crossed with tasks
     x = 20 * around(groups, 0) + around(TASK)
     write_folder(tmp_path, x[None], task=TASK, **{label: groups})
@@ -965,7 +965,7 @@ ZEROS = np.zeros((3, 240, 8), np.float32)
     ("000001", "val/last", ZEROS[..., 1:]),
     ("labels", "val/last/task", TASK[1:]),
     ("labels", "task", TASK)])
-def test_a_folder_that_does_not_fit_is_one_line_of_error(file, name, array, tmp_path, error):
+def test_a_folder_with_mismatched_files_gives_a_one_line_error(file, name, array, tmp_path, error):
     write_folder(tmp_path, ZEROS, task=TASK)
     np.savez(tmp_path / f"states/{file}.npz", **{name: array})
     error(probe, tmp_path)
@@ -975,7 +975,7 @@ def test_a_folder_that_does_not_fit_is_one_line_of_error(file, name, array, tmp_
 # ---------------------------------------------------------------- the causal test
 
 
-def test_patching_gives_what_another_way_of_patching_gives(tmp_path):
+def test_patching_equals_patching_with_hooks(tmp_path):
     run = train.train(tiny(tmp_path, steps=240, n_embd=32))
     rows = probe.patch(run)
     d = train.read_data(run)
@@ -985,7 +985,7 @@ def test_patching_gives_what_another_way_of_patching_gives(tmp_path):
     tokens = torch.from_numpy(val.tokens[:, :-1])
     states = net(tokens)[1][1].detach()                         # of layer 1; <sep> is column 10, <ans> 12
 
-    # in a shuffled row of prompts with one input, the donor is the one before
+    # among prompts with the same input, in random order, the donor is the previous one
     luck = torch.rand(len(x), generator=train.make_generator("donors"))
     alike = defaultdict(list)
     for i in luck.argsort().tolist():
@@ -1036,13 +1036,13 @@ def test_patching_gives_what_another_way_of_patching_gives(tmp_path):
 
 
 def configs(folder):
-    """Name -> configuration of all runs in a folder."""
+    """Name -> configuration, of every run in a folder."""
     return {
         path.parent.name: vars(train.read_config(path.parent))
         for path in folder.rglob("config.json")}
 
 
-def test_arms_of_pretraining_differ_in_what_is_taught_first_only(tmp_path):
+def test_pretraining_arms_differ_only_in_what_is_taught_first(tmp_path):
     rows = apply.pretrain(tmp_path, [3], apply.QUICK | {"steps": 4, "n_captures": 2})
     arms = {*product(apply.STRATEGIES, apply.N_TRAIN)}
     assert {(row["arm"], row["n_train"]) for row in rows} == arms
@@ -1055,7 +1055,7 @@ def test_arms_of_pretraining_differ_in_what_is_taught_first_only(tmp_path):
             assert made[f"{name}-{n}-first"] == made[f"lm-{n}-first"] | knobs
 
 
-def test_arms_of_alignment_differ_in_what_is_refused_only(tmp_path, monkeypatch):
+def test_alignment_arms_differ_only_in_what_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(apply, "QUICK", apply.QUICK | {"steps": 30})
     monkeypatch.setattr(
         sys,
@@ -1072,7 +1072,7 @@ def test_arms_of_alignment_differ_in_what_is_refused_only(tmp_path, monkeypatch)
 
 
 @mark.parametrize("by, other", [("task", 1), ("distribution", 0)])
-def test_a_guard_refuses_other_regexes_only_where_a_task_is_one_cluster(by, other, monkeypatch):
+def test_a_guard_refuses_other_regexes_only_if_each_task_is_one_cluster(by, other, monkeypatch):
     monkeypatch.setattr(apply, "run_arm", lambda cfg: cfg)
     monkeypatch.setattr(apply, "read_data", make_dataset)
     case = apply.make_case(tiny("", n_tasks=8))
@@ -1100,7 +1100,7 @@ def test_a_guard_refuses_other_regexes_only_where_a_task_is_one_cluster(by, othe
     assert shares["accuracy"] == right[wanted].mean()
 
 
-def test_step_to_is_read_off_the_line_between_evaluations():
+def test_step_to_interpolates_between_evaluations():
     points = (0, 0), (10, 0.2), (20, 0.6), (30, 0.4)
     curve = [{"step": step, "acc_val": accuracy} for step, accuracy in points]
     assert apply.step_to(0.5, curve) == approx(17.5)
@@ -1113,14 +1113,14 @@ def test_a_spread_is_mean_and_sample_standard_deviation():
 # ---------------------------------------------------------------- figures and examples
 
 
-def test_lines_are_means_over_runs_and_bands_their_range():
+def test_figures_show_the_mean_and_the_range_over_runs():
     rows = [{"step": 10, "value": value} for value in (1, 2, 6)]
     rows += [{"step": 0, "value": 5}] * 3
     assert plot.curve(rows, "step") == ([0, 10], [5, 3], [5, 1], [5, 6])        # steps, means, ranges
 
 
 @mark.skipif(not plot.matplotlib, reason="needs matplotlib, which make figures installs")
-def test_plot_draws_all_of_a_run(run, rows, tmp_path, monkeypatch):
+def test_plot_draws_every_kind_of_figure(run, rows, tmp_path, monkeypatch):
     here = shutil.copytree(run, tmp_path / "run")
     probe.patch(here)
     as_if_learnt = [row | {"value": 1.0} if row["measure"] == "f1" else row for row in rows]
@@ -1139,7 +1139,7 @@ def test_plot_draws_all_of_a_run(run, rows, tmp_path, monkeypatch):
         "similarity_answer_output.png"}
 
 
-def test_page_numbers_are_those_of_the_tables_and_tables_those_of_runs(run, rows, tmp_path, monkeypatch):
+def test_page_numbers_come_from_tables_and_tables_from_runs(run, rows, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(f"{HERE}/examples")
     monkeypatch.chdir(tmp_path)
     import report
@@ -1171,7 +1171,7 @@ def test_page_numbers_are_those_of_the_tables_and_tables_those_of_runs(run, rows
         assert text.read_text() == page.read_text()
 
 
-def test_a_language_model_is_read_as_if_each_prompt_were_alone(tmp_path, monkeypatch):
+def test_a_language_model_reads_a_batch_as_it_reads_single_prompts(tmp_path, monkeypatch):
     transformers = importorskip("transformers")
     monkeypatch.syspath_prepend(f"{HERE}/examples")
     import any_model
@@ -1198,7 +1198,7 @@ def test_a_language_model_is_read_as_if_each_prompt_were_alone(tmp_path, monkeyp
         asked.append((f"Do: {n * 'x'}\nSay:", x))
     for (prompt, x), (states, right) in zip(asked, any_model.read(net, tokenizer, asked)):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
-        end = len(x.instruction) + 4                            # a token a letter, and one begins the text
+        end = len(x.instruction) + 4                            # one token per letter, after a first one
         layers = torch.cat(net(ids, output_hidden_states=True).hidden_states[:2])
         assert np.allclose(
             states,
@@ -1213,7 +1213,7 @@ README = (HERE / "README.md").read_text(encoding="utf-8")
 
 
 def fork(title):
-    """Kind and text of the first block below a title of README, and the commands in the next."""
+    """Language and text of the first block below a title in README, and the commands after it."""
     blocks = rf"\*\*{title}.*?```(\w+)\n(.*?)```\n+```bash\n(.*?)```"
     return re.search(blocks, README, re.S).groups()
 
@@ -1228,7 +1228,7 @@ CHANGED = r"^[-+](?![-+]{2})(.*)"           # a changed line of a diff
     ("Another block", "instruction task f1"),
     ("Other tasks", "instruction task f1"),
     ("States of any model", "last task f1")])
-def test_page_forks_are_at_most_ten_lines_and_run(title, said, run, tmp_path):
+def test_page_forks_have_at_most_ten_lines_and_run(title, said, run, tmp_path):
     kind, text, then = fork(title)
     for path in [*HERE.glob("*.py"), HERE / "facts.json"]:
         shutil.copy(path, tmp_path)
@@ -1246,14 +1246,14 @@ def test_page_forks_are_at_most_ten_lines_and_run(title, said, run, tmp_path):
     assert f"\n{said} " in printed
 
 
-def test_page_measure_is_right_at_its_edges_too(monkeypatch):
+def test_page_measure_is_right_at_its_edges(monkeypatch):
     monkeypatch.setattr(probe, "MEASURES", {})
     _, text, _ = fork("Another measure")
     exec("\n".join(re.findall(CHANGED, text, re.M)), vars(probe))
     fm = probe.MEASURES["fm"]
     assert fm([0, 0, 0], [0, 1, 2]) == fm([0, 1, 2], [0, 0, 0]) == 0
     assert fm([0, 0, 0], [0, 0, 0]) == fm([0, 1, 2], [0, 1, 2]) == 1
-    assert fm([0, 0, 0, 1, 1], [0, 0, 1, 1, 1]) == approx(2 / 4)            # of 4 pairs each, 2 are shared
+    assert fm([0, 0, 0, 1, 1], [0, 0, 1, 1, 1]) == approx(2 / 4)            # 4 pairs each, 2 in common
 
 
 # ---------------------------------------------------------------- bad input
@@ -1280,7 +1280,7 @@ apply.py align --seeds -1
 
 
 @mark.parametrize("line", FLAGS.strip().split("\n"))
-def test_bad_flags_are_one_line_of_error_and_nothing_is_written(line, error, tmp_path, monkeypatch):
+def test_bad_flags_give_a_one_line_error_and_write_nothing(line, error, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name, *flags = line.split()
     error(sys.modules[name.removesuffix(".py")], *flags)
@@ -1301,7 +1301,7 @@ its) young( one)?( of it)?      its) baby       have strings in common
 
 
 @mark.parametrize("line", BAD_TASKS.strip().split("\n"))
-def test_a_bad_tasks_file_is_one_line_of_error_that_names_the_place(line, error, tmp_path):
+def test_a_bad_tasks_file_gives_a_one_line_error_that_says_where(line, error, tmp_path):
     old, new, complaint = re.split("  +", line)
     _, text, _ = fork("Other tasks")
     (tmp_path / "mine.json").write_text(text.replace(old, new, 1))
@@ -1309,7 +1309,7 @@ def test_a_bad_tasks_file_is_one_line_of_error_that_names_the_place(line, error,
 
 
 @mark.parametrize("name", ["config.json", "tasks.json", "ckpt.pt", "states/labels.npz", "states/000024.npz"])
-def test_a_damaged_file_is_one_line_of_error_that_names_it(name, run, error, tmp_path):
+def test_a_damaged_file_gives_a_one_line_error_that_names_it(name, run, error, tmp_path):
     file = shutil.copytree(run, tmp_path / "run") / name
     whole = file.read_bytes()
     file.write_bytes(whole[:len(whole) // 2])
