@@ -61,11 +61,11 @@ draw = $(PY) plot.py $(1) --out $(@D) && $(PY) examples/table.py $(1) --out $@
 seeds: .venv/draws  ## five seeds of the default run, for means and ranges, into runs/results/default
 	$(call at_once,default)
 
-results: .venv/draws ## everything in results/README.md, into runs/results; resumes if it was stopped
+results: .venv/draws ## results/README.md without SmolLM2 and timings, into runs/results; resumes if it was stopped
 	$(call at_once,default scale pretrain align task_id $(STUDIES))
 	$(PY) examples/report.py --numbers $(RESULTS) --out $(RESULTS)/README.md
 
-# runs/twins-3 is seed 3 of the study twins
+# for runs/twins-3, $* is twins-3, $(seed) is 3, and the flags are $(twins.flags)
 seed = $(lastword $(subst -, ,$*))
 # list the runs by name: make takes files that only a pattern names for intermediate ones, which it deletes
 # and does not remake

@@ -15,10 +15,10 @@ pretrain: each network is pre-trained in one of four ways, then fine-tuned on th
     shuffled_id         control: the same, but each instruction is assigned a random task
 Success: in every seed, task_id reaches accuracy 0.5 on val in fewer fine-tuning steps than each other arm.
 
-align: refuse a quarter of a trained network's tasks (the unwanted ones) and keep answering the others. Little
-is known: b instructions of each unwanted task, all of one regex, are labelled as unwanted, and REHEARSED
-instructions of each regex of the wanted tasks are known to be wanted.
-  Two arms fine-tune the network to answer the instructions known to be wanted and to refuse
+align: a quarter of a trained network's tasks is unwanted: refuse these, answer the rest. All that is known
+are b instructions of each unwanted task, all of one regex (labelled), and five instructions of each regex of
+the wanted tasks (rehearsed). Will the unwanted tasks' other regexes be refused, too?
+  Two arms fine-tune the network to answer the rehearsed instructions and to refuse
     labels              the labelled instructions
     clusters            the labelled ones and all other training instructions in unwanted clusters
   The other arms do not train. They refuse an instruction if
@@ -28,8 +28,9 @@ instructions of each regex of the wanted tasks are known to be wanted.
     guard_auto          as guard, with the number of clusters that the silhouette suggests
     guard_counts        as guard, on counts of letters and bigrams instead of states
     guard_untrained     as guard, on the states of an untrained network
-    nearest             its state is nearer to a labelled instruction than to any known to be wanted
-A cluster is unwanted if its known instructions stand for more of the unwanted tasks than of the wanted ones.
+    nearest             its state is nearer to a labelled instruction than to any rehearsed one
+A cluster is unwanted if it holds more of the unwanted tasks than of the wanted ones, where each task counts
+1, spread evenly over its known instructions.
 Each clustering uses the layer where its silhouette is best; `nearest` uses the layer of `guard`.
 Success of `clusters`: in every seed, it refuses more of the unwanted tasks' other regexes than `labels` does,
 and its accuracy on wanted tasks is at most TOLERANCE lower.
@@ -337,11 +338,11 @@ def align(out, seeds, small):
             refuse = {"base": {split: np.zeros(len(x[split]), bool) for split in x},
                       "nearest": {split: knn(x["train"][known], x[split], 1)[:, 0].numpy() < len(labelled)
                                   for split in x}}
-            for arm, (_, _, nearest) in found.items():
-                bad = unwanted_clusters(nearest["train"], case, labelled)
-                refuse[arm] = {split: bad[clusters] for split, clusters in nearest.items()}
-            for arm, of in refuse.items():          # from instructions to instances
-                refused = {split: of[split][splits[split].state_of("instruction")] for split in of}
+            for arm, (_, _, clusters) in found.items():
+                bad = unwanted_clusters(clusters["train"], case, labelled)
+                refuse[arm] = {split: bad[numbers] for split, numbers in clusters.items()}
+            for arm, marks in refuse.items():       # from instructions to instances
+                refused = {split: marks[split][splits[split].state_of("instruction")] for split in marks}
                 rows += outcome(case, arm, b, right, refused)
 
             # with training: learn to refuse the labelled instructions, or all in unwanted clusters

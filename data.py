@@ -123,7 +123,7 @@ class Regex:
         string = ""
         ends, edges = self._read(self._start)
         while i or not ends:
-            i -= ends                           # the string that ends here comes first
+            i -= ends                           # the string that ends here, if any, comes first
             ways = self._ways[len(string) + 1]
             for chars, state in edges:
                 if i < len(chars) * ways[state]:        # the string goes on along this edge
@@ -141,7 +141,7 @@ class Regex:
                              f"{self.pattern!r:.60} has only {min(self.count, 10 ** 18)}: make it more "
                              "general, lower n_train or n_val, or raise max_len")
         strings = []
-        moved = {}                              # a Fisher-Yates shuffle that stores only the indices it moved
+        moved = {}              # a Fisher-Yates shuffle: place j holds moved[j], or j if not in there
         for i in range(n):
             j = rng.randrange(i if unique else 0, self.count)
             strings.append(self.unrank(moved.get(j, j)))
@@ -223,7 +223,7 @@ def _parse(pattern, i, depth=0):
             inside = frozenset([(frozenset(chars),)])
         least, most, i = _repetition(pattern, i)
         if _may_end(inside):
-            least = 0               # same language, and now each repetition reads at least one character
+            least = 0           # skipping it stands for matching nothing, so each round reads a character
         if most > 0:
             branches[-1].append((inside, least, most))
     return frozenset(map(tuple, branches)), i
@@ -264,7 +264,7 @@ def _may_end(branches):
 
 
 def _steps(branch):
-    """Yield (characters, rest of the branch after one of them): its partial derivatives (Antimirov 1996)."""
+    """Yield (characters, rest of the branch) for every way to read its first character (Antimirov 1996)."""
     for i, item in enumerate(branch):
         rest = branch[i + 1:]
         if isinstance(item, frozenset):
@@ -296,8 +296,8 @@ class DataConfig:
     twins: bool = False             # random tasks come in pairs with the same inputs and different outputs
     n_train: int = 20               # training instructions per regex
     n_val: int = 10                 # instructions per regex in each of subset, val and ood
-    n_asked: int = 8                # inputs per instruction; split `pairs` has up to as many others
-    asks_for: str = "output"        # target: output, task or distribution; nothing: no input and no output
+    n_asked: int = 8                # inputs per instruction; split `pairs` asks up to as many again
+    asks_for: str = "output"        # target: output, task or distribution; nothing: instructions only
     n_probed: int = 64              # tasks in subset, val, ood and pairs; any others are only trained on
     max_len: int = 128              # maximum length of an instruction, in characters
     shuffle_tasks: bool = False     # give every instruction a random task, which can only be memorised
@@ -420,7 +420,7 @@ def read_tasks(path, max_len):
     try:
         spec = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path} is not a tasks file: {e}") from None
+        raise ValueError(f"{path} is not a tasks file: {e} (JSON writes \\ as \\\\)") from None
     where, tasks = "top level", {}
     check(isinstance(spec, dict) and spec.get("tokens") in ("characters", "words")
           and isinstance(spec.get("tasks"), list) and spec["tasks"],
@@ -562,22 +562,23 @@ def make_dataset(cfg):
         n_strings = cfg.n_val if held_out else cfg.n_train + cfg.n_val
         turns = Counter()                       # task -> how many inputs have had their turn
         for i, string in enumerate(compile_regex(pattern, cfg.max_len).sample(n_strings, rng)):
-            taught = rng.randrange(len(tasks)) if cfg.shuffle_tasks else t      # the task it describes
-            asks = [("", "")] if cfg.asks_for == "nothing" else [*tasks[taught].map.items()]
-            random.Random(f"{cfg.seed}/turns/{number}/{taught}").shuffle(asks)
-            turn = turns[taught] % len(asks)
-            turns[taught] += n
-            asks = asks[turn:] + asks[:turn]            # start with those whose turn it is
-            name = "ood" if held_out else "train" if i < cfg.n_train else "val"
-            parts = {name: asks[:n]}
-            if name == "train" and i < cfg.n_val:
-                parts |= {"subset": asks[:n], "pairs": asks[n:2 * n]}
-            for name, asked in parts.items():
+            described = rng.randrange(len(tasks)) if cfg.shuffle_tasks else t      # the task it stands for
+            questions = [("", "")] if cfg.asks_for == "nothing" else [*tasks[described].map.items()]
+            random.Random(f"{cfg.seed}/turns/{number}/{described}").shuffle(questions)
+            turn = turns[described] % len(questions)
+            turns[described] += n
+            questions = questions[turn:] + questions[:turn]            # start with those whose turn it is
+            split = "ood" if held_out else "train" if i < cfg.n_train else "val"
+            parts = {split: questions[:n]}
+            if split == "train" and i < cfg.n_val:
+                parts |= {"subset": questions[:n], "pairs": questions[n:2 * n]}
+            for part, asked in parts.items():
                 # train has all tasks, the other splits only the first n_probed
-                for word, output in asked if name == "train" or t < cfg.n_probed else []:
-                    answers = {"task": f"task{taught}", "distribution": f"distribution{number}"}
+                for word, output in asked if part == "train" or t < cfg.n_probed else []:
+                    answers = {"task": f"task{described}", "distribution": f"distribution{number}"}
                     output = answers.get(cfg.asks_for, output)
-                    instances[name].append(Instance(string, word, output, taught, number, input_sets[taught]))
+                    instances[part].append(
+                        Instance(string, word, output, described, number, input_sets[described]))
     return Dataset(cut_into, tasks, *encode(instances, cut_into))
 
 

@@ -30,7 +30,8 @@ except ImportError:                         # main reports it
 
 from apply import select
 from data import Flags, Regex, command_line
-from probe import LOWER, find_overlaps, is_beyond, means, normalise, numbered, read_labels, read_states
+from probe import (LOWER, is_beyond, means, normalise, numbered, read_labels, read_states,
+                   task_similarities)
 from train import read_config, read_data, read_rows
 
 STYLE = {"axes.titlesize": "medium",
@@ -153,7 +154,7 @@ def order_tasks(overlap):
 def sort_states(folder, labels, steps, name, identity):
     """Read states (S, L + 1, N, C) of a split/position; sort N by identity, similar tasks together."""
     ids = {key: numbered(of) for key, of in labels[name].items()}
-    shared = find_overlaps(labels, {}, name)
+    shared = task_similarities(labels, {}, name)
     if "input" in shared:
         ids["task"] = np.argsort(order_tasks(shared["input"]))[ids["task"]]
     order = np.lexsort([ids[key] for key in ("distribution", "task", identity) if key in ids])
@@ -457,7 +458,7 @@ def draw(runs, out):
     mine, *others = map(read_run, runs)
     rows = sum(others, mine)
     if not rows:
-        raise ValueError(f"{first}: nothing to draw; train and probe it first: make train probe")
+        raise ValueError(f"{first}: nothing to draw; train it, then score it: python probe.py {first}")
     out.mkdir(parents=True, exist_ok=True)
     if "arm" in rows[0]:
         figures = draw_pretrain(rows) if "n_train" in rows[0] else draw_align(rows)
@@ -475,7 +476,7 @@ def draw(runs, out):
                 right = {row["step"]: row["value"] for row in select(mine, measure="acc_val")}
                 steps = sorted({row["step"] for row in f1} & {*right})
                 states = sort_states(first, labels, steps, "val/instruction", "task")
-                shared = find_overlaps(labels, {}, "val/instruction")["input"]
+                shared = task_similarities(labels, {}, "val/instruction")["input"]
                 with matplotlib.rc_context(NIGHT):
                     figures += draw_hero(mine, right, steps, states, shared)
                     draw_film(mine, right, steps, states, out / "hero.gif")

@@ -83,9 +83,8 @@ def normalise(x):
 def squared_distances(centroids, x):
     """Squared distances from centroids (S, k, C) to points x (N, C): (S, k, N), some slightly below 0.
 
-    |c - x|^2 = |c|^2 + |x|^2 - 2 c.x, with |x|^2 made slightly too small, so that rounding never leaves a
-    point at a positive distance from itself. As a result, points within 1e-3 |x| of each other count as one
-    point when starting centroids are chosen.
+    |c - x|^2 = |c|^2 + |x|^2 - 2 c.x, with |x|^2 reduced a little, so that rounding leaves no point at a
+    positive distance from itself. So points within 1e-3 |x| of each other count as one in plus_plus.
     """
     lengths = centroids.square().sum(2, keepdim=True) + x.square().sum(1) * (1 - 1e-6)
     return lengths.sub_(centroids @ x.T, alpha=2)
@@ -445,7 +444,7 @@ def deal(labels, units, groups, seed):
     for i in range(N_NULL):
         keys = torch.rand(len(first), generator=make_generator(f"{seed}/null/{i}"))
         dealt = labels.copy()
-        # list the units group by group, once in order, once shuffled: the i-th gets the label of the i-th
+        # list units by group twice, in order and shuffled: each takes the label of its partner in the other
         dealt[np.argsort(group, kind="stable")] = labels[np.lexsort((keys, group))]
         draws.append(dealt[unit])
     return draws
@@ -478,21 +477,21 @@ def score_states(states, labels, steps, seed=0, overlaps={}):
     """Score states (S, L + 1, N, C) by every identity in labels, name -> (N,) of any type; return rows.
 
     A row has step, layer, identity, measure, value, and NAME_mean and NAME_95 of each null. k-means is fitted
-    to the states that are scored. A null shuffles labels, but keeps what could raise a score by itself:
-    - `null` permutes labels among all states. Given labels `input`, it does so only among states of the same
-      input: a task has only some of the inputs, so clusters by input alone would beat a free permutation.
-      Labels that the input determines, such as the family in facts, are shuffled among whole inputs instead:
-      all states of an input get the same new label. (Labels `input` themselves are permuted freely.)
-    - `regrouped`, only for `task` and given labels `distribution`, assigns whole regexes to tasks at random,
-      because clusters by regex alone would beat permuted labels. Given labels `input`, a score must beat two
-      sets of draws. The first assigns regexes anew for each input (whole inputs, if these determine the
-      task), so clusters by input alone do not pass; the second assigns a regex once for all inputs, so
-      clusters by regex alone do not. Two warnings: states that are a sum, one part from the input and one
-      from the regex, pass both (see view `centred`); and in view `unphrased`, nc1 and merge_ratio pass too
-      easily, as a draw may put regexes of one phrasing into the same task (read F1 there).
+    to the states that are scored. The nulls:
+    - `null` permutes labels. Given labels `input`, it permutes only among states of one input, or else
+      clusters by input would beat it, as a task has only some of the inputs. Labels that the input determines
+      (the family in facts) are permuted among whole inputs.
+    - `regrouped`, for `task` given labels `distribution`, assigns whole regexes to tasks at random, or else
+      clusters by regex would beat it. Given labels `input`, a score must beat two sets of draws: regexes are
+      assigned anew for each input, so that clusters by input do not count, and once for all inputs, so that
+      clusters by regex do not.
+    With few regexes (fewer than 4 tasks x 3) draws are often the true grouping, and no score can beat them.
+    Other labels have `null` only: if alike within each regex, they beat it by clusters of regexes alone.
+    Beware: states that add a part from the input to a part from the regex beat both (use view `centred`); and
+    in view `unphrased`, nc1 and merge_ratio beat `regrouped` too easily (use F1).
     `rsa` compares tasks with overlaps, name -> (K, K), their other similarities; its null permutes the tasks.
     `best_k`, of identity `any`, is how many clusters the states form by themselves (choose_k): last step
-    only, for at most 2,000 states, and only without labels `input`.
+    only, for at most 2,000 states, and only without labels `input`. It has no null.
     """
     x = normalise(torch.as_tensor(states))
     N = x.shape[2]
@@ -513,11 +512,11 @@ def score_states(states, labels, steps, seed=0, overlaps={}):
         if identity == "task":
             if "distribution" in ids:
                 parts = ids["distribution"] * N + classes       # --shuffle-tasks splits regexes between tasks
-                units = inputs if fixed else parts * N + inputs
-                nulls["regrouped"] = deal(classes, units, within, seed)
+                cells = inputs if fixed else parts * N + inputs         # a cell moves as a whole
+                nulls["regrouped"] = deal(classes, cells, within, seed)
                 if "input" in ids:                              # otherwise, the same draws again
                     nulls["regrouped"] += deal(classes, parts, 0 * inputs, seed)
-                distances, a, b = regex_distances(x, units, inputs)
+                distances, a, b = regex_distances(x, cells, inputs)
                 rows += make_rows(steps, "task", "merge_ratio",
                                   lambda c: merge_ratio(distances, c[a] == c[b]), classes,
                                   regrouped=nulls["regrouped"])
@@ -571,7 +570,7 @@ def score_neighbours(states, labels, known, known_labels, steps):
     return rows
 
 
-def find_overlaps(labels, counts, name):
+def task_similarities(labels, counts, name):
     """How similar are two tasks apart from their states? For `name`, a "split/position", identity -> (K, K).
 
     `input` and `output`: how many they share; `surface`: how alike their texts are. labels comes from
@@ -634,7 +633,7 @@ def read_labels(folder):
         where, _, identity = name.rpartition("/")
         ids = labels.setdefault(where, {})
         ids[identity] = of.astype(str)
-        if where.count("/") != 1 or of.shape != (ids[min(ids)].size,) or "/surface/" in name:
+        if where.count("/") != 1 or of.shape != (ids[next(iter(ids))].size,) or "/surface/" in name:
             raise ValueError(f"{path}: {name} must be named split/position/identity and hold one label per "
                              "state, as many as the other identities at that position")
         if identity == "text":
@@ -648,7 +647,7 @@ def read_labels(folder):
 def read_states(folder, steps, name, n):
     """The states (S, L + 1, n, C) stored as `name`, e.g. val/answer. Raises ValueError if they do not fit."""
     with reading(f"{folder}/states", f"every capture must hold {name}: finite numbers, layers x {n} (as many "
-                 "as labels) x width, the same at every step; there must be at least one"):
+                 "as labels) x width, the same at every step; name captures by six digits, 000100.npz"):
         x = np.stack([read_arrays(capture_path(folder, step))[name] for step in steps])
         S, L, N, C = x.shape
         if N != n or not x.size or not np.isfinite(x).all():
@@ -681,7 +680,7 @@ def probe(folder, views=("raw",)):
         else:
             at, states = steps, read_states(folder, steps, name, n)
         print(f"{name}: {n} states, {len(states[-1, -1].unique(dim=0))} distinct in the last layer")
-        overlaps = find_overlaps(labels, counts, name)
+        overlaps = task_similarities(labels, counts, name)
         for view in views:
             by = VIEWS[view]
             x = states.to(pick_device())
@@ -733,7 +732,7 @@ def print_report(rows):
         value = row["value"]
         # the table keeps only the last step; the heat table shows every step, but only one measure
         name = f"{row['position']} {row['identity']} {row['measure']}"
-        dot = SHADES[0] * (not beyond)
+        dot = "" if beyond else "·"
         table[name][row["layer"]] = ("-" if value is None else f"{dot}{value:.2f}").rjust(7)
         if name == f"{row['position']} task f1":
             layer = f"{row['position']:12}layer {row['layer']:2}  "
@@ -809,41 +808,41 @@ def patch(run):
 
     # the columns of <sep> and <ans>, and the tokens after them: the first of the input and of the answer
     at = {name: val.positions[name][1][val.state_of(name)] for name in ("instruction", "answer")}
-    asked, answers = (val.tokens[range(len(task)), columns + 1] for columns in at.values())
+    input_token, output_token = (val.tokens[range(len(task)), columns + 1] for columns in at.values())
 
     # sort prompts by input and columns, ties at random; the donor is the previous one, if it fits
     key = numbered([*map(str, zip(word, *at.values()))])
     luck = torch.rand(len(key), generator=make_generator("donors"))
     own = np.lexsort((luck, key))
     donor = np.roll(own, 1)
-    fits = (key[own] == key[donor]) & (answers[own] != answers[donor])
+    fits = (key[own] == key[donor]) & (output_token[own] != output_token[donor])
     own, donor = own[fits], donor[fits]
     n = range(len(own))
     if not n:
-        raise ValueError("no two prompts have the same input and different answers: nothing to exchange")
-    inputs = contingency(task, numbered(asked))[task[donor]] > 0        # (n, inputs), by the donor's task
-    at = {name: torch.from_numpy(columns[own]) for name, columns in at.items()}
-    size = len(data.tasks), word.max() + 1
+        raise ValueError("no two prompts have the same input and different output_token: nothing to exchange")
+    inputs = contingency(task, numbered(input_token))[task[donor]] > 0        # of the donor's task
+    kept = {name: torch.from_numpy(columns[own]) for name, columns in at.items()}
+    shape = len(data.tasks), word.max() + 1
 
     # at each layer, make every exchange and run the rest of the network
     rows = []
     for layer, states in enumerate(model(torch.from_numpy(val.tokens[:, :-1]))[1]):
         x = states[own]
         centroids = {}
-        for name, columns in at.items():
-            cells = means(x[n, columns], task[own] * size[1] + word[own], math.prod(size))
-            centroids[name] = cells.unflatten(0, size)[task[[own, donor]]]
-        for (position, name), (here, new) in exchanges(x, states[donor], centroids, at).items():
+        for name, columns in kept.items():
+            cells = means(x[n, columns], task[own] * shape[1] + word[own], math.prod(shape))
+            centroids[name] = cells.unflatten(0, shape)[task[[own, donor]]]
+        for (position, name), (here, new) in exchanges(x, states[donor], centroids, kept).items():
             z = new.where(here, x)
             for block in model.blocks[layer:]:
                 z = block(z)
             logits = model.head(z)
-            answer = logits[n, at["answer"]].argmax(1).numpy()
-            p = logits[n, at["instruction"]].softmax(1).numpy()
+            answer = logits[n, kept["answer"]].argmax(1).numpy()
+            p = logits[n, kept["instruction"]].softmax(1).numpy()
             rows.append({"layer": layer, "position": position, "patch": name, "n": len(n),
-                         "donor": (answer == answers[donor]).mean(),
-                         "right": (answer == answers[own]).mean(),
-                         "next": float((p[:, np.unique(asked)] * inputs).sum(1).mean())})
+                         "donor": (answer == output_token[donor]).mean(),
+                         "right": (answer == output_token[own]).mean(),
+                         "next": float((p[:, np.unique(input_token)] * inputs).sum(1).mean())})
     write_rows(f"{run}/patch.jsonl", rows)
     return rows
 
@@ -867,7 +866,7 @@ def main():
     flags = Flags(description=main.__doc__)
     flags.add_argument("folder", help="a run folder made by train.py, or any folder of states")
     flags.add_argument("--view", nargs="+", choices=VIEWS, default=["raw"],
-                       help="states as they are (raw, default), or minus the mean of their input or phrasing")
+                       help="subtract nothing (raw), the input's mean (centred), the phrasing's (unphrased)")
     flags.add_argument("--patch", action="store_true", help="activation patching of a run instead of scores")
     given = flags.parse_args()
     if given.patch:

@@ -86,7 +86,8 @@ def train(cfg, resume=False, data=None):
     if rank == 0 and not resume:
         create_run(cfg, data, model, optimizers)
     tokens, targets = make_targets(cfg, data.splits["train"], device)
-    due, begun = capture_steps(cfg)[len(rows):], time.perf_counter()    # steps that are still to be evaluated
+    due, begun = capture_steps(cfg)[len(rows):], time.perf_counter()    # steps still to be evaluated
+    # a resumed run repeats the last step it evaluated, whose update was not saved
     for step in range(rows[-1]["step"] if rows else 0, cfg.steps + 1):
         # forward and backward: the mean loss over the scored tokens of the whole batch
         batch = pick_batch(cfg, len(tokens), step).to(device)
