@@ -798,7 +798,7 @@ def test_clusters_of_regexes_beat_one_null_and_only_clusters_of_tasks_beat_both(
 
 def test_clusters_by_input_or_regex_alone_do_not_beat_the_nulls_of_task():
     beyond = Counter()
-    for seed in range(12):
+    for seed in range(8):
         by_input = around(INPUT, seed=seed)
         by_regex = around(np.random.default_rng(seed).permutation(24)[REGEX], seed=seed)
         beyond.update(beaten(by_input, seed, input=INPUT))
@@ -834,7 +834,7 @@ def test_a_trained_network_beats_its_nulls_unless_its_tasks_were_shuffled(tmp_pa
         n_inputs=10,
         n_outputs=12,
         n_embd=32,
-        steps=300,
+        steps=200,
         n_captures=1)
     for shuffled in False, True:
         out = train.train(tiny(tmp_path / f"{shuffled}", **sizes, shuffle_tasks=shuffled))
