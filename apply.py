@@ -23,12 +23,11 @@ the wanted tasks (rehearsed). Will the unwanted tasks' other regexes be refused,
     clusters            the labelled ones and all other training instructions in unwanted clusters
   The other arms do not train. They refuse an instruction if
     guard               its state is nearest to an unwanted cluster; k-means finds one cluster per task
-    guard_half          as guard, with half as many clusters
-    guard_twice         as guard, with twice as many
-    guard_auto          as guard, with the number of clusters that the silhouette suggests
+    nearest             its state is nearer to a labelled instruction than to any rehearsed one
     guard_counts        as guard, on counts of letters and bigrams instead of states
     guard_untrained     as guard, on the states of an untrained network
-    nearest             its state is nearer to a labelled instruction than to any rehearsed one
+    guard_half, guard_twice, guard_auto     as guard, with half or twice as many clusters, or as many as the
+                        silhouette suggests
 A cluster is unwanted if it holds more of the unwanted tasks than of the wanted ones, where each task counts
 1, spread evenly over its known instructions.
 Each clustering uses the layer where its silhouette is best; `nearest` uses the layer of `guard`.
@@ -332,10 +331,11 @@ def align(out, seeds, small):
         for b in (1, 4) if small else BUDGETS:
             # without training: refuse what is nearest to an unwanted cluster, or to a labelled instruction
             labelled = [i for pool in case.pools for i in pool[:b]]
-            known = [*labelled, *case.rehearsed]
+            known = [*labelled, *case.rehearsed]            # labelled first: see below
             layer = found["guard"][1]
             x = {split: states[layer] for split, states in trained.items()}
             refuse = {"base": {split: np.zeros(len(x[split]), bool) for split in x},
+                      # refuse if the nearest known instruction is one of the first, the labelled ones
                       "nearest": {split: knn(x["train"][known], x[split], 1)[:, 0].numpy() < len(labelled)
                                   for split in x}}
             for arm, (_, _, clusters) in found.items():

@@ -82,7 +82,7 @@ class Regex:
         while levels[-1] and len(levels) <= max_len:
             levels.append({target for state in levels[-1] for _, target in self._read(state)[1]})
             self._spend(len(levels[-1]))
-        self._ways = [{}]       # _ways[n][state]: how many strings can follow n characters that led there
+        self._ways = [{}]       # in the end, _ways[n][state]: how many strings can follow n characters there
         for level in reversed(levels):          # from the last character back to the first
             ways = {}
             for state in level:
@@ -173,7 +173,7 @@ def find_overlap(patterns, max_len):
 
     if not overlap(patterns):
         return None
-    # j is the first pattern that overlaps an earlier one. Bisection works: patterns 0 to n overlap iff n >= j
+    # bisect for the first `last` at which patterns 0 to last overlap: from there on they always do
     j = bisect_left(range(len(patterns)), True, key=lambda last: overlap(patterns[:last + 1]))
     i = next(i for i in range(j) if overlap([patterns[i], patterns[j]]))
     return i, j
@@ -195,8 +195,9 @@ def _refuse(pattern, i, *unsupported):
 def _parse(pattern, i, depth=0):
     """Parse from position i to a ) or the end by recursive descent; return the branches and the end position.
 
-    A branch is one alternative of |: a tuple of items (branches, least, most), which are groups and their
-    numbers of repetitions. A character or class is a group, too; its one branch is (set of characters,).
+    A branch, one alternative of |, is a tuple of items (branches, least, most): `ab?` has one branch,
+    ((A, 1, 1), (B, 0, 1)). Recursion ends at single characters: A is {({a},)}, one branch of a bare set of
+    characters. least and most are floats, as most may be inf.
     """
     branches = [[]]
     while i < len(pattern) and pattern[i] != ")":
@@ -562,9 +563,9 @@ def make_dataset(cfg):
         n_strings = cfg.n_val if held_out else cfg.n_train + cfg.n_val
         turns = Counter()                       # task -> how many inputs have had their turn
         for i, string in enumerate(compile_regex(pattern, cfg.max_len).sample(n_strings, rng)):
-            described = rng.randrange(len(tasks)) if cfg.shuffle_tasks else t      # the task it stands for
+            described = rng.randrange(len(tasks)) if cfg.shuffle_tasks else t      # the task taught
             questions = [("", "")] if cfg.asks_for == "nothing" else [*tasks[described].map.items()]
-            random.Random(f"{cfg.seed}/turns/{number}/{described}").shuffle(questions)
+            random.Random(f"{cfg.seed}/turns/{number}/{described}").shuffle(questions)     # always alike
             turn = turns[described] % len(questions)
             turns[described] += n
             questions = questions[turn:] + questions[:turn]            # start with those whose turn it is

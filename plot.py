@@ -495,6 +495,7 @@ def main():
     given = flags.parse_args()
     if matplotlib is None:
         raise ValueError("matplotlib is missing: make figures installs it")
+    # apply.jsonl, metrics.jsonl, patch.jsonl, probe.jsonl
     found = sorted({path.parent for path in Path("runs").glob("*/[amp]*.jsonl")})
     with warnings.catch_warnings(record=True) as caught, own_style():
         groups = group_runs(given.folders or found or [Path("runs/default")])

@@ -128,6 +128,7 @@ def lloyd(x, centroids, max_iter):
         distance = x.new_empty(S, len(x))
         joined = torch.empty_like(distance, dtype=torch.long)
         step = AT_ONCE // (S * k) + 1
+        # near and label are slices of distance and joined, filled by torch.min
         for some, near, label in zip(x.split(step), distance.split(step, 1), joined.split(step, 1)):
             torch.min(squared_distances(centroids, some), 1, out=(near, label))
 
@@ -345,8 +346,8 @@ def nc1(x, classes):
     x = torch.as_tensor(x)
     classes = numbered(classes)
     m = means(x, classes)
-    m = m - m.mean(-2, keepdim=True)                            # S_B = m^T m / K, and the two K cancel
-    along = x @ torch.linalg.pinv(m, rtol=1e-5)                 # (..., N, K), without building C x C
+    m = m - m.mean(-2, keepdim=True)                            # S_B^+ / K = P P^T, where P = m^+ (C, K)
+    along = x @ torch.linalg.pinv(m, rtol=1e-5)                 # project on P, (..., N, K)
     within = (along - means(along, classes)[..., classes, :]).square().sum((-1, -2)) / len(classes)
     apart = m.square().sum((-1, -2)) > 1e-12 * x.square().sum((-1, -2))
     return (within / apart).cpu().numpy()                       # 0 / 0 is nan
@@ -405,7 +406,7 @@ def cosines(x, tasks):
 
     The mean of all states is subtracted first.
     """
-    m = means(F.normalize(normalise(x), dim=-1), tasks)
+    m = means(F.normalize(normalise(x), dim=-1), tasks)         # a mean of products u.v is a product of means
     return (m @ m.mT).cpu().numpy().round(5)                    # further digits are rounding error
 
 
@@ -444,7 +445,7 @@ def deal(labels, units, groups, seed):
     for i in range(N_NULL):
         keys = torch.rand(len(first), generator=make_generator(f"{seed}/null/{i}"))
         dealt = labels.copy()
-        # list units by group twice, in order and shuffled: each takes the label of its partner in the other
+        # both lists go group by group, the second shuffled within each: hand its labels to the first
         dealt[np.argsort(group, kind="stable")] = labels[np.lexsort((keys, group))]
         draws.append(dealt[unit])
     return draws
@@ -454,8 +455,8 @@ def make_rows(steps, identity, measure, score, labels, **nulls):
     """Score true and shuffled labels; return a row for each step and layer of score(labels), (S, L + 1).
 
     Each null, name -> a list of shuffled labels, adds NAME_mean and NAME_95: the mean of their scores and the
-    most extreme. By chance, a score beats the most extreme of 20 once in 21 times. Undefined numbers are
-    None.
+    most extreme. By chance, a score beats the best of 20 once in 21 times, so about 95 % do not. Undefined
+    numbers are None.
     """
     columns = {"value": score(labels)}
     rows = []
@@ -478,13 +479,12 @@ def score_states(states, labels, steps, seed=0, overlaps={}):
 
     A row has step, layer, identity, measure, value, and NAME_mean and NAME_95 of each null. k-means is fitted
     to the states that are scored. The nulls:
-    - `null` permutes labels. Given labels `input`, it permutes only among states of one input, or else
-      clusters by input would beat it, as a task has only some of the inputs. Labels that the input determines
-      (the family in facts) are permuted among whole inputs.
-    - `regrouped`, for `task` given labels `distribution`, assigns whole regexes to tasks at random, or else
-      clusters by regex would beat it. Given labels `input`, a score must beat two sets of draws: regexes are
-      assigned anew for each input, so that clusters by input do not count, and once for all inputs, so that
-      clusters by regex do not.
+    - `null`: labels move between single states; given labels `input`, only between states of one input, so
+      that clusters by input do not beat it. If the input determines the label, as it does the family in
+      facts, whole inputs swap labels.
+    - `regrouped`, for `task`, given labels `distribution`: whole regexes move between tasks, so that clusters
+      by regex do not beat it. Given `input`, N_NULL draws are made anew for each input and N_NULL once for
+      all inputs, and a score must beat both.
     With few regexes (fewer than 4 tasks x 3) draws are often the true grouping, and no score can beat them.
     Other labels have `null` only: if alike within each regex, they beat it by clusters of regexes alone.
     Beware: states that add a part from the input to a part from the regex beat both (use view `centred`); and
@@ -504,17 +504,16 @@ def score_states(states, labels, steps, seed=0, overlaps={}):
     for identity, classes in ids.items():
         if identity == "input_set" and f1(ids.get("task", 0), classes) == 1:
             continue                        # no two tasks have the same inputs: this would repeat `task`
-        # does the input determine the label? Then whole inputs swap labels, all in one group
-        fixed = (classes[np.unique(inputs, return_index=True)[1]][inputs] == classes).all()
-        within = inputs * ~fixed            # if fixed, all are one group
+        fixed = len({*zip(inputs, classes)}) == len({*inputs})          # does the input determine the label?
+        within = 0 * inputs if fixed else inputs                        # then whole inputs swap labels
         units = inputs if fixed and identity != "input" else np.arange(N)
         nulls = {"null": deal(classes, units, within, seed)}
         if identity == "task":
             if "distribution" in ids:
-                parts = ids["distribution"] * N + classes       # --shuffle-tasks splits regexes between tasks
-                cells = inputs if fixed else parts * N + inputs         # a cell moves as a whole
+                parts = ids["distribution"] * N + classes       # (regex, task): of one task, unless shuffled
+                cells = inputs if fixed else parts * N + inputs         # (regex, task, input)
                 nulls["regrouped"] = deal(classes, cells, within, seed)
-                if "input" in ids:                              # otherwise, the same draws again
+                if "input" in ids:                              # also draw once for all inputs
                     nulls["regrouped"] += deal(classes, parts, 0 * inputs, seed)
                 distances, a, b = regex_distances(x, cells, inputs)
                 rows += make_rows(steps, "task", "merge_ratio",
@@ -547,7 +546,7 @@ def score_neighbours(states, labels, known, known_labels, steps):
     M = known.shape[2]
     rows = []
     regex = known_labels.get("distribution", np.arange(M))
-    k = NEIGHBOURS + max(Counter(regex).values())
+    k = NEIGHBOURS + max(Counter(regex).values())               # enough, even without those of one regex
     if k > M or known.shape[1::2] != states.shape[1::2]:        # layers and width
         return rows
     near = np.array([[knn(*layer, k).cpu() for layer in zip(*some)]
@@ -674,7 +673,7 @@ def probe(folder, views=("raw",)):
         ids = {identity: of for identity, of in labels[name].items() if identity != "text"}
         if not ids:
             continue
-        n = len(ids[min(ids)])
+        n = len(ids[min(ids)])              # of any identity
         if name in counts:
             at, states = [0], counts[name][None, None]
         else:
@@ -736,7 +735,7 @@ def print_report(rows):
         table[name][row["layer"]] = ("-" if value is None else f"{dot}{value:.2f}").rjust(7)
         if name == f"{row['position']} task f1":
             layer = f"{row['position']:12}layer {row['layer']:2}  "
-            heat[layer] += 2 * SHADES[beyond and 1 + min(3, int(4 * value))]
+            heat[layer] += 2 * SHADES[1 + min(3, int(4 * value)) if beyond else 0]
 
     print(f"\nAt a glance: pairwise F1 of task on {split}, two characters per capture, at steps "
           f"{', '.join(map(str, steps))}.\n"
@@ -817,10 +816,10 @@ def patch(run):
     donor = np.roll(own, 1)
     fits = (key[own] == key[donor]) & (output_token[own] != output_token[donor])
     own, donor = own[fits], donor[fits]
-    n = range(len(own))
-    if not n:
-        raise ValueError("no two prompts have the same input and different output_token: nothing to exchange")
-    inputs = contingency(task, numbered(input_token))[task[donor]] > 0        # of the donor's task
+    each = range(len(own))
+    if not each:
+        raise ValueError("no two prompts have the same input and different answers: nothing to exchange")
+    expected = contingency(task, numbered(input_token))[task[donor]] > 0        # of its task (n, tokens)
     kept = {name: torch.from_numpy(columns[own]) for name, columns in at.items()}
     shape = len(data.tasks), word.max() + 1
 
@@ -830,19 +829,19 @@ def patch(run):
         x = states[own]
         centroids = {}
         for name, columns in kept.items():
-            cells = means(x[n, columns], task[own] * shape[1] + word[own], math.prod(shape))
-            centroids[name] = cells.unflatten(0, shape)[task[[own, donor]]]
+            cells = means(x[each, columns], task[own] * shape[1] + word[own], math.prod(shape))
+            centroids[name] = cells.unflatten(0, shape)[task[[own, donor]]]     # (2, n, inputs, C)
         for (position, name), (here, new) in exchanges(x, states[donor], centroids, kept).items():
             z = new.where(here, x)
             for block in model.blocks[layer:]:
                 z = block(z)
             logits = model.head(z)
-            answer = logits[n, kept["answer"]].argmax(1).numpy()
-            p = logits[n, kept["instruction"]].softmax(1).numpy()
-            rows.append({"layer": layer, "position": position, "patch": name, "n": len(n),
+            answer = logits[each, kept["answer"]].argmax(1).numpy()
+            p = logits[each, kept["instruction"]].softmax(1).numpy()
+            rows.append({"layer": layer, "position": position, "patch": name, "n": len(each),
                          "donor": (answer == output_token[donor]).mean(),
                          "right": (answer == output_token[own]).mean(),
-                         "next": float((p[:, np.unique(input_token)] * inputs).sum(1).mean())})
+                         "next": float((p[:, np.unique(input_token)] * expected).sum(1).mean())})
     write_rows(f"{run}/patch.jsonl", rows)
     return rows
 

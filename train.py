@@ -76,10 +76,11 @@ def train(cfg, resume=False, data=None):
     cfg.check()
     check_folder(cfg, resume)
     device = pick_device()
+    # on resuming, read_data checks that the data are still the same
     data = read_data(cfg.out, data) if resume else data or make_dataset(cfg)
     model = make_model(cfg, data).to(device)
     optimizers = make_optimizers(model, cfg)
-    rank, world = start_processes()         # waits for all, so each checks the folder before one writes
+    rank, world = start_processes()         # waits until all have checked the folder; then one writes
     rows = load_checkpoint(cfg.out, model, data, optimizers) if resume else []
     if cfg.start and not resume:
         init_from(cfg.start, model, data)
@@ -187,7 +188,7 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             params, lr = group["params"], group["lr"]
             grads = torch.stack([p.grad for p in params])       # (P, m, n)
-            mean = self.state[params[0]].setdefault("mean", torch.zeros_like(grads))    # one per group
+            mean = self.state[params[0]].setdefault("mean", torch.zeros_like(grads))    # kept at its first
             mean.lerp_(grads, 0.05)
             updates = orthogonal(grads.lerp(mean, 0.95))                        # Nesterov momentum
             rate = lr * max(1, grads.shape[1] / grads.shape[2]) ** 0.5       # tall matrices move further
