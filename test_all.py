@@ -178,7 +178,6 @@ def test_regex_agrees_with_re_on_any_text_or_says_what_is_wrong(pattern, string)
 
 @mark.parametrize("pattern, count", [
     ("(a|ab)(c|bc)", 3),                    # abc in two ways
-    ("(a*)*", 65),
     ("a{1000}", 0),                         # too long
     (r"[^\w]", 32),
     ("[a-z]{40}", 26 ** 40)])
@@ -298,6 +297,11 @@ def test_a_row_of_tokens_is_the_instance_and_states_are_read_at_sep_and_ans(data
         assert {texts[row][column] for row, column in zip(rows, columns)} == {mark}
         assert split.labels(position)["task"].tolist() == [split.instances[row].task for row in rows]
     assert "input" not in split.labels("instruction")           # one state, several inputs
+
+
+def test_twins_have_the_same_input_set():
+    twins = make_dataset(DataConfig(twins=True)).splits["val"].instances
+    assert all(x.input_set == x.task // 2 * 2 for x in twins)
 
 
 @given(st.integers(1, 9), st.integers(1, 12), st.integers(0, 99))
@@ -936,20 +940,19 @@ def test_any_folder_of_states_can_be_probed_with_labels_as_numbers_or_text(run, 
     write_folder(tmp_path / "numbers", x, task=TASK)
     write_folder(tmp_path / "text", x, task=np.array([f"task {t}" for t in TASK]))
     found = probe.probe(tmp_path / "text")
-    assert found == probe.probe(tmp_path / "numbers") == read_rows(tmp_path / "text/probe.jsonl")
+    assert found == probe.probe(tmp_path / "numbers")
     beyond = [probe.is_beyond(row) for row in select(found, measure="f1")]
     assert beyond == [False, True, False]
     shutil.copytree(run / "states", tmp_path / "run/states")
     assert probe.probe(tmp_path / "run") == rows                # the states are all it needs
 
 
-@mark.parametrize("view, label", [("centred", "input"), ("unphrased", "phrasing")])
-def test_a_view_uncovers_tasks_hidden_by_another_identity(view, label, tmp_path):
+def test_view_centred_uncovers_tasks_hidden_by_inputs(tmp_path):
     groups = np.arange(240) % 10                                # crossed with tasks
     x = 20 * around(groups, 0) + around(TASK)
-    write_folder(tmp_path, x[None], task=TASK, **{label: groups})
+    write_folder(tmp_path, x[None], task=TASK, input=groups)
     hidden, shown = select(
-        probe.probe(tmp_path, ["raw", view]),
+        probe.probe(tmp_path, ["raw", "centred"]),
         identity="task",
         measure="f1")
     assert hidden["value"] < 0.4
@@ -1011,6 +1014,7 @@ def test_patching_equals_patching_with_hooks(tmp_path):
         return states[i, 12] + shift
 
     for position, patch, column, new in (
+            ("span", "letters", range(10), lambda i, j: states[j, :10]),
             ("instruction", "donor", 10, lambda i, j: states[j, 10]),
             ("answer", "shift", 12, shifted)):
         found = []
@@ -1029,7 +1033,7 @@ def test_patching_equals_patching_with_hooks(tmp_path):
         [row] = select(rows, layer=1, position=position, patch=patch)
         measured = row["donor"], row["right"], row["next"]
         assert measured == approx(np.mean(found, 0), abs=1e-4)
-    assert row["n"] == len(pairs) > 40
+    assert row["n"] == len(pairs)
 
 
 # ---------------------------------------------------------------- pre-training and alignment
@@ -1104,10 +1108,6 @@ def test_step_to_interpolates_between_evaluations():
     points = (0, 0), (10, 0.2), (20, 0.6), (30, 0.4)
     curve = [{"step": step, "acc_val": accuracy} for step, accuracy in points]
     assert apply.step_to(0.5, curve) == approx(17.5)
-
-
-def test_a_spread_is_mean_and_sample_standard_deviation():
-    assert apply.spread([0.5, 0.7, 0.9]) == "0.70 ± 0.20"
 
 
 # ---------------------------------------------------------------- figures and examples
