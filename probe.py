@@ -819,7 +819,7 @@ def patch(run):
     each = range(len(own))
     if not each:
         raise ValueError("no two prompts have the same input and different answers: nothing to exchange")
-    expected = contingency(task, numbered(input_token))[task[donor]] > 0        # of its task (n, tokens)
+    expected = contingency(task, numbered(input_token))[task[donor]] > 0        # (n, tokens) of its task
     kept = {name: torch.from_numpy(columns[own]) for name, columns in at.items()}
     shape = len(data.tasks), word.max() + 1
 

@@ -1,4 +1,4 @@
-"""Why you may believe it: each test is a claim, checked by code that shares nothing with ours.
+"""Why you may believe it: each test is a claim, checked in an independent way.
 
     make test                                       all tests, 1 to 2 minutes
     .venv/bin/pytest test_all.py -k regex           tests with this word in their name
@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import random
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -97,16 +98,24 @@ def rows(run):
 
 
 @fixture
-def error(capsys, monkeypatch):
-    """A function that runs a command line, which must fail with status 2, and returns its message."""
-    def call(module, *argv):
+def call(monkeypatch):
+    """A function that runs the command line of a module in this process."""
+    def main(module, *argv):
         monkeypatch.setattr(sys, "argv", ["", *map(str, argv)])
+        data.command_line(module.main)
+    return main
+
+
+@fixture
+def error(call, capsys):
+    """A function that runs a command line, which must fail with status 2, and returns its message."""
+    def main(*argv):
         with raises(SystemExit, match="2"):
-            data.command_line(module.main)
+            call(*argv)
         said = capsys.readouterr().err
         assert re.fullmatch("error: .+\n", said)
         return said
-    return call
+    return main
 
 
 # ---------------------------------------------------------------- regular expressions
@@ -178,6 +187,7 @@ def test_regex_agrees_with_re_on_any_text_or_says_what_is_wrong(pattern, string)
 
 @mark.parametrize("pattern, count", [
     ("(a|ab)(c|bc)", 3),                    # abc in two ways
+    ("(a*)*", 65),
     ("a{1000}", 0),                         # too long
     (r"[^\w]", 32),
     ("[a-z]{40}", 26 ** 40)])
@@ -256,12 +266,12 @@ def test_random_tasks_have_disjoint_languages_and_different_maps(seed, pairs, mo
 
 
 def test_train_val_and_ood_share_no_instruction(dataset):
-    train, subset, val, ood = (
+    taught, subset, val, ood = (
         {x.instruction for x in split.instances}
         for split in dataset.splits.values())
-    assert [len(some) for some in (train, subset, val, ood)] == [960, 480, 480, 160]
-    assert subset < train
-    assert len(train | val | ood) == 960 + 480 + 160
+    assert [len(some) for some in (taught, subset, val, ood)] == [960, 480, 480, 160]
+    assert subset < taught
+    assert len(taught | val | ood) == 960 + 480 + 160
 
 
 def test_every_instance_comes_from_its_regex_and_its_map(dataset):
@@ -291,10 +301,10 @@ def test_a_row_of_tokens_is_the_instance_and_states_are_read_at_sep_and_ans(data
     for x, text, is_output in zip(split.instances, texts, split.is_output):
         assert text == [*x.instruction, "<sep>", x.input, "<ans>", x.output, "<eos>"]
         assert [*np.compress(is_output, text)] == [x.output, "<eos>"]
-    for position, mark, n in ("instruction", "<sep>", 480), ("answer", "<ans>", 2400):
+    for position, token, n in ("instruction", "<sep>", 480), ("answer", "<ans>", 2400):
         rows, columns = split.positions[position]
         assert len(rows) == n
-        assert {texts[row][column] for row, column in zip(rows, columns)} == {mark}
+        assert {texts[row][column] for row, column in zip(rows, columns)} == {token}
         assert split.labels(position)["task"].tolist() == [split.instances[row].task for row in rows]
     assert "input" not in split.labels("instruction")           # one state, several inputs
 
@@ -355,6 +365,7 @@ def test_facts_are_consistent_with_each_other():
     for element, z in task["atomic number"].items():
         after = task["next element"][element]
         assert int(task["atomic number"].get(after, 37)) == int(z) + 1
+
 
 # ---------------------------------------------------------------- the model
 
@@ -442,11 +453,11 @@ def test_captures_are_the_states_of_the_network_at_each_position(run, trained):
     d, net = trained
     val = d.splits["val"]
     once = dict(zip([x.instruction for x in val.instances], val.tokens))
-    for position, mark, some in (("instruction", "<sep>", once.values()),
+    for position, token, some in (("instruction", "<sep>", once.values()),
                                  ("answer", "<ans>", val.tokens)):
         states = []
         for row in some:
-            end = row.tolist().index(d.vocabulary.index(mark)) + 1
+            end = row.tolist().index(d.vocabulary.index(token)) + 1
             _, layers = net(torch.from_numpy(row[None, :end]))          # without what follows
             states.append(torch.cat(layers)[:, -1].detach())
         capture = np.load(run / "states/000024.npz")[f"val/{position}"]
@@ -546,14 +557,12 @@ def stop_in_evaluation(n, monkeypatch):
 
 
 def test_a_stopped_run_says_how_to_resume_and_then_ends_in_the_same_bits(
-        run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["", *as_flags(TINY), "--out", f"{tmp_path}/my run"])
+        run, call, tmp_path, monkeypatch, capsys):
     stop_in_evaluation(4, monkeypatch)
     with raises(SystemExit, match="130"):
-        data.command_line(train.main)
-    said = capsys.readouterr().out.split("python ")[-1]
-    monkeypatch.setattr(sys, "argv", shlex.split(said))
-    train.main()
+        call(train, *as_flags(TINY), "--out", f"{tmp_path}/my run")
+    said = capsys.readouterr().out.split("python train.py ")[-1]
+    call(train, *shlex.split(said))
     assert outcome(f"{tmp_path}/my run") == outcome(run)
 
 
@@ -941,6 +950,7 @@ def test_any_folder_of_states_can_be_probed_with_labels_as_numbers_or_text(run, 
     write_folder(tmp_path / "text", x, task=np.array([f"task {t}" for t in TASK]))
     found = probe.probe(tmp_path / "text")
     assert found == probe.probe(tmp_path / "numbers")
+    assert found == read_rows(tmp_path / "text/probe.jsonl")
     beyond = [probe.is_beyond(row) for row in select(found, measure="f1")]
     assert beyond == [False, True, False]
     shutil.copytree(run / "states", tmp_path / "run/states")
@@ -1033,7 +1043,7 @@ def test_patching_equals_patching_with_hooks(tmp_path):
         [row] = select(rows, layer=1, position=position, patch=patch)
         measured = row["donor"], row["right"], row["next"]
         assert measured == approx(np.mean(found, 0), abs=1e-4)
-    assert row["n"] == len(pairs)
+    assert row["n"] == len(pairs) > 40
 
 
 # ---------------------------------------------------------------- pre-training and alignment
@@ -1059,13 +1069,9 @@ def test_pretraining_arms_differ_only_in_what_is_taught_first(tmp_path):
             assert made[f"{name}-{n}-first"] == made[f"lm-{n}-first"] | knobs
 
 
-def test_alignment_arms_differ_only_in_what_is_refused(tmp_path, monkeypatch):
+def test_alignment_arms_differ_only_in_what_is_refused(call, tmp_path, monkeypatch):
     monkeypatch.setattr(apply, "QUICK", apply.QUICK | {"steps": 30})
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        ["", "align", "--quick", "--seeds", "3", "--out", str(tmp_path)])
-    apply.main()
+    call(apply, "align", "--quick", "--seeds", 3, "--out", tmp_path)
     shares = [row for row in read_rows(tmp_path / "apply.jsonl") if "b" in row]
     assert {row["measure"] for row in shares} == {*apply.MEASURED}
     made = configs(tmp_path)
@@ -1120,13 +1126,12 @@ def test_figures_show_the_mean_and_the_range_over_runs():
 
 
 @mark.skipif(not plot.matplotlib, reason="needs matplotlib, which make figures installs")
-def test_plot_draws_every_kind_of_figure(run, rows, tmp_path, monkeypatch):
+def test_plot_draws_every_kind_of_figure(run, rows, call, tmp_path):
     here = shutil.copytree(run, tmp_path / "run")
     probe.patch(here)
     as_if_learnt = [row | {"value": 1.0} if row["measure"] == "f1" else row for row in rows]
     train.write_rows(here / "probe.jsonl", as_if_learnt)
-    monkeypatch.setattr(sys, "argv", ["", str(here)])
-    plot.main()
+    call(plot, here)
     names = {path.name for path in (here / "figures").iterdir()}
     assert names >= {
         "data.png",
@@ -1142,19 +1147,17 @@ def test_plot_draws_every_kind_of_figure(run, rows, tmp_path, monkeypatch):
 def test_page_numbers_come_from_tables_and_tables_from_runs(run, rows, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(f"{HERE}/examples")
     monkeypatch.chdir(tmp_path)
-    import report
-    import table
 
-    def call(example, *argv):
+    def example(name, *argv):
         monkeypatch.setattr(sys, "argv", ["", *map(str, argv)])
-        example.main()
+        runpy.run_path(f"{HERE}/examples/{name}.py", run_name="__main__")
 
     shutil.copytree(run, "run")
     train.write_rows("run/probe.jsonl", rows)
-    call(table, "run", "--out", "study/numbers.csv")
+    example("table", "run", "--out", "study/numbers.csv")
     text = tmp_path / "text.md"
     text.write_text("?<!--study: answer task f1 layer 2; all-->")
-    call(report, "text.md")
+    example("report", "text.md")
     [row] = select(
         rows,
         step=24,
@@ -1167,7 +1170,7 @@ def test_page_numbers_come_from_tables_and_tables_from_runs(run, rows, tmp_path,
     number = f"{row['value']:.2f} ({row['regrouped_95']:.2f}; {beyond}/1)"
     assert text.read_text() == f"{number}<!--study: answer task f1 layer 2; all-->"
     for page in HERE / "README.md", HERE / "results/README.md":
-        call(report, page, "--numbers", HERE / "results", "--out", text)
+        example("report", page, "--numbers", HERE / "results", "--out", text)
         assert text.read_text() == page.read_text()
 
 
@@ -1236,8 +1239,8 @@ def test_page_forks_have_at_most_ten_lines_and_run(title, said, run, tmp_path):
     shutil.copytree(run, tmp_path / "runs/default", ignore=early)
     changed = re.findall(CHANGED if kind == "diff" else "^.+", text, re.M)
     assert len(changed) <= 10
-    command = {"diff": "git apply", "python": f"{sys.executable}", "json": "tee mine.json"}[kind]
-    subprocess.run(command.split(), input=text, text=True, cwd=tmp_path, check=True)
+    command = {"diff": "git apply", "python": f"'{sys.executable}'", "json": "tee mine.json"}[kind]
+    subprocess.run(command, shell=True, input=text, text=True, cwd=tmp_path, check=True)
     for line in then.splitlines():
         _, *command = shlex.split(line, comments=True)
         if "train.py" in command:
