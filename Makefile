@@ -42,9 +42,9 @@ smollm2: .venv/reads ## does a pretrained language model cluster by task? (insta
 SEEDS := 0 1 2 3 4
 STUDIES := shuffled answer same-inputs same-inputs-answer twins adamw facts facts-shuffled
 shuffled.flags := --shuffle-tasks --steps 1500 --batch-size 96
-answer.flags := --loss-on answer
+answer.flags := --instruction-weight 0 --input-weight 0
 same-inputs.flags := --n-inputs 5
-same-inputs-answer.flags := --n-inputs 5 --loss-on answer --steps 800
+same-inputs-answer.flags := --n-inputs 5 $(answer.flags) --steps 800
 twins.flags := --twins
 adamw.flags := --optimizer adamw --lr 0.007 --steps 1000
 facts.flags := --preset facts

@@ -39,20 +39,20 @@ Success of `guard`: in every seed, it refuses more of those other regexes than `
 import contextlib
 import math
 import random
-from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from data import Dataset, Flags, command_line, encode
+from runs import (Flags, as_rows, command_line, pick_device, print_table, read_rows, seeded, select,
+                  write_rows)
 
 import numpy as np
-import torch                # after data, which sets how torch's threads wait
+import torch
 
+from data import Dataset, encode
 from probe import choose_k, kmeans, knn, probe, silhouette, surface
-from train import (CAPTURED, Config, make_model, observe, pick_device, read_data, load_model, read_rows,
-                   train, write_rows)
+from train import CAPTURED, Config, load_model, make_model, observe, read_data, train
 
-QUICK = dict(n_tasks=8, n_distributions=2, n_layer=2, n_head=2, n_embd=32, n_val=4, batch_size=64, steps=200)
+QUICK = dict(n_tasks=8, n_regexes=2, n_layer=2, n_head=2, n_embd=32, n_val=4, batch_size=64, steps=200)
 
 
 def run_arm(cfg, data=None):
@@ -60,36 +60,6 @@ def run_arm(cfg, data=None):
     print(f"training {cfg.out}", flush=True)
     with contextlib.redirect_stdout(None):
         return train(cfg, resume=Path(cfg.out, "config.json").exists(), data=data)
-
-
-def as_rows(about, numbers):
-    """Rows for numbers, measure -> value: one each, with the keys of `about` as well."""
-    return [{**about, "measure": measure, "value": value} for measure, value in numbers.items()]
-
-
-def spread(values):
-    """Mean ± standard deviation over seeds, as text; "-" if any seed has no value."""
-    if None in values:
-        return "-"
-    digits = 2 if max(values) <= 2 else 0               # shares, or step counts
-    deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.{digits}f}{deviation}"
-
-
-def select(rows, **where):
-    """The rows that have these values; None also matches rows without the key."""
-    return [row for row in rows if all(row.get(key) == value for key, value in where.items())]
-
-
-def print_table(title, rows, across):
-    """Print a table with a line per arm and a column per value of the key `across`: `spread` over seeds."""
-    cells = defaultdict(list)
-    for row in rows:
-        cells[row["arm"], row[across]].append(row["value"])
-    arms, columns = (dict.fromkeys(names) for names in zip(*cells))
-    print(f"\n{title}\n{'':16}" + "".join(f"{column!s:>19}" for column in columns))
-    for arm in arms:
-        print(f"{arm:16}" + "".join(f"{spread(cells.get((arm, column), [None])):>19}" for column in columns))
 
 
 def count_wins(rows, one, other, margin=0):
@@ -160,8 +130,11 @@ def print_pretrain(out, rows):
     """Print figure 5b as numbers, in how many seeds task_id is faster than the others, and figure 5a."""
     for n in N_TRAIN:
         ends = select(rows, n_train=n, step=None)
-        print_table(f"Fine-tuned on the tasks, {n} training instructions per regex", ends, "measure")
-        for level in "step to 0.5", "step to 0.9":
+        levels = "step to 0.5", "step to 0.9"
+        steps = [row for row in ends if row["measure"] in levels]
+        print_table(f"Fine-tuned on the tasks, {n} training instructions per regex", steps, "measure", digits=0)
+        print_table("Accuracy", select(ends, measure="val at the end"), "measure")
+        for level in levels:
             steps = select(ends, measure=level)
             wins = (f"{other} in {count_wins(steps, other, 'task_id')}"
                     for other in STRATEGIES if other != "task_id")
@@ -215,8 +188,8 @@ def make_case(cfg):
     rehearsed = []
     for t in range(cfg.n_tasks):
         # the instructions of each regex, already in random order: the first few are a random sample
-        regexes = [np.flatnonzero(ids["distribution"] == regex).tolist()
-                   for regex in np.unique(ids["distribution"][ids["task"] == t])]
+        regexes = [np.flatnonzero(ids["regex"] == regex).tolist()
+                   for regex in np.unique(ids["regex"][ids["task"] == t])]
         if t in unwanted:
             pools.append(regexes[0])
         else:
@@ -284,8 +257,8 @@ def outcome(case, arm, b, right, refused):
     refused: "val" and "ood" -> (N,) bool, which instances are refused.
     """
     val, ood = (case.data.splits[name].identities for name in ("val", "ood"))
-    regex = case.data.splits["train"].labels("instruction")["distribution"]
-    labelled = np.isin(val["distribution"], regex[[pool[0] for pool in case.pools]])
+    regex = case.data.splits["train"].labels("instruction")["regex"]
+    labelled = np.isin(val["regex"], regex[[pool[0] for pool in case.pools]])
     bad = np.isin(val["task"], case.unwanted)
     bad_ood = np.isin(ood["task"], case.unwanted)
     shares = {"refused_labelled": refused["val"][bad & labelled].mean(),
@@ -312,7 +285,8 @@ def align(out, seeds, small):
         # cluster instructions by states, by states of an untrained network, and by counts of letters
         base = load_model(case.run, case.data)
         right = observe(base, splits["val"])[0]
-        other = make_model(cfg, case.data).to(pick_device())
+        with seeded(f"{seed}/weights"):
+            other = make_model(cfg, case.data).to(pick_device())
         trained, untrained = ({name: torch.from_numpy(observe(model, split)[1]["instruction"]).double()
                                for name, split in splits.items()} for model in (base, other))
         texts = {name: [split.instances[i].instruction for i in split.positions["instruction"][0]]
@@ -368,7 +342,8 @@ def print_align(rows):
         print(f"{measure}: {title}")
     for measure in "refused_other", "accuracy":
         print_table(f"{measure}, by b", select(rows, measure=measure), "b")
-    print_table("Number of clusters, and the layer they are found in", select(rows, b=None), "measure")
+    print_table("Number of clusters, and the layer they are found in", select(rows, b=None), "measure",
+                digits=0)
     print()
     for b in budgets:
         other, right = (select(rows, b=b, measure=measure) for measure in ("refused_other", "accuracy"))

@@ -9,53 +9,40 @@ regular languages; configuration and tasks; the splits a model is trained and pr
 
 The paper gives neither its regexes nor its sizes; ours are in `random_pattern` and `DataConfig`.
 """
-import argparse
-import dataclasses
-import inspect
 import json
 import math
-import os
 import random
 import re
-import sys
 import unicodedata
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
 from operator import attrgetter
-from pathlib import Path
-from string import ascii_letters, ascii_lowercase, digits
+from re import _parser          # Python's own parser of regexes: private, but the same in 3.11 to 3.14
+from string import ascii_lowercase
 from typing import NamedTuple
 
-import numpy as np
+from runs import BadInput, Flags, check, command_line, read_json, write_json
 
-# On a busy machine, threads that spin while waiting can make small training steps 20 times slower. torch
-# reads this setting when it is imported, so import this file first.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+import numpy as np
 
 # ---------------------------------------------------------------- regular expressions
 
 PRINTABLE = frozenset(map(chr, range(0x20, 0x7F)))
-SETS = {r"\d": frozenset(digits), r"\s": frozenset(" "), r"\w": frozenset(ascii_letters + digits + "_")}
-SETS |= {name.upper(): PRINTABLE - chars for name, chars in SETS.items()}
-QUANTIFIER = re.compile(r"[?*+]|\{[0-9]+(,[0-9]*)?\}|")           # an empty match: no quantifier
-CLASS = re.compile(r"\[(\^?+)(\]?+(?:\\.|[^]\\])*)\]", re.DOTALL)     # a ] right after [ or [^ is a literal
-MEMBER = re.compile(r"(\\?.)(?:-(\\?.))?", re.DOTALL)               # in a class: a character or a range
-# Unsupported constructs: a regex that detects one, its name for the error message, how to fix the pattern.
-BAD_ESCAPE = (
-    r"\\(?:(?![dswDSW])[0-9A-Za-z]|\Z)", "escape", "only punctuation, or one of d w s D W S, may follow a \\")
-BAD = [
-    (r"\\[1-9](?![0-7]{2})", "back-reference", "write out what it can match"),     # \123 is octal: BAD_ESCAPE
-    (r"[\^$]|\\[bBAZ]", "anchor", "drop it (the whole string is always matched), or escape ^ and $"),
-    (r"\(\?(?!:).?", "group", "only ( ) and (?: ) are supported"),
-    (r"(?<=[?*+}])[?*+{]", "second quantifier", "drop a lazy ?; otherwise wrap what it repeats in (?: )"),
-    (r"[?*+]", "leading quantifier", "escape it, or put something before it to repeat"),
-    (r"[{}\]]", "bare", "escape it, or write a repetition as {m}, {m,} or {m,n}"),
-    BAD_ESCAPE]
-MAX_DEPTH = 50          # levels of nested groups
-MAX_CLASS = 10_000      # characters in one class
-MAX_WORK = 700_000      # steps to build one Regex: about a second
+CATEGORIES = {"CATEGORY_DIGIT": r"\d", "CATEGORY_SPACE": r"\s", "CATEGORY_WORD": r"\w",
+              "CATEGORY_NOT_DIGIT": r"\D", "CATEGORY_NOT_SPACE": r"\S", "CATEGORY_NOT_WORD": r"\W"}
+REFUSED = {     # what Python's parser reads but we cannot count (the first word of its name), and what to do
+    "AT": "an anchor: drop it (the whole string is always matched), or escape ^ and $",
+    "ASSERT": "a look-ahead or look-behind: write out the strings it allows",
+    "FAILURE": "an empty look-ahead, which nothing passes: leave out this alternative",
+    "GROUPREF": "a back-reference: write out what it can match",
+    "ATOMIC": "an atomic group: write (?: ), which may match more strings",
+    "POSSESSIVE": "a possessive repetition: drop its second +, which may match more strings"}
+FLAGS = "a flag such as (?i): drop it, and write [aA] to match both cases"
+END = (("",), 1, 1)         # an item that reads the end of a string, as if it were the character ""
+DONE = frozenset([()])      # the state after it: nothing is left to read
+MAX_WORK = 1_200_000     # steps to build one Regex: one to two seconds
 
 
 class Regex:
@@ -65,220 +52,185 @@ class Regex:
     pattern is ambiguous. Dynamic programming counts the paths, and walking them in a fixed order turns an
     index into a string (Goldberg & Sipser 1985), so a uniform index gives a uniform string.
 
-    Supported: literals, escaped punctuation, `.`, classes, `\\d \\w \\s \\D \\W \\S`, `( )`, `(?: )`, `|` and
-    `? * + {m} {m,} {m,n}`. `.`, negated classes and these escapes cover printable ASCII (0x20 to 0x7e) only.
-    Raises ValueError for anything else, naming the construct and its position, or if counting takes too long.
+    Python's own parser reads the pattern. `.`, negated classes, `\\d \\w \\s` and their complements cover
+    printable ASCII (0x20 to 0x7e) only. A tuple of patterns stands for the union of their languages. Raises
+    BadInput for what Python cannot read, for what REFUSED lists, and if counting takes too long.
     """
 
     def __init__(self, pattern, max_len=64):
-        if not isinstance(pattern, str) or not isinstance(max_len, int) or max_len < 0:
-            raise ValueError(f"Regex({pattern!r:.60}, {max_len!r:.60}) needs a string and an integer >= 0")
         self.pattern, self.max_len = pattern, max_len
-        self._work, self._known = 0, {}
-        self._start, end = _parse(pattern, 0)
-        if end < len(pattern):
-            _fail(pattern, "unmatched )", end, "escape it, or open a group")
-        levels = [{self._start}]                # levels[n]: the states reachable with n characters
-        while levels[-1] and len(levels) <= max_len:
-            levels.append({target for state in levels[-1] for _, target in self._read(state)[1]})
+        self._work = 0
+        self._edges_of = {}                     # state -> its edges
+        # a state is a set of branches, the alternatives for the rest of the string (subset construction,
+        # Rabin & Scott 1959)
+        patterns = pattern if isinstance(pattern, tuple) else [pattern]
+        self._start = frozenset((*self._parse(text), END) for text in patterns)
+        levels = [{self._start}]                # levels[n]: the states reachable by reading n characters
+        while levels[-1] and len(levels) < max_len + 2:         # max_len characters and the end
+            levels.append({target for state in levels[-1] for target in self._edges(state)})
             self._spend(len(levels[-1]))
-        self._ways = [{}]       # in the end, _ways[n][state]: how many strings can follow n characters there
-        for level in reversed(levels):          # from the last character back to the first
+        self._ways = [{}]       # in the end, _ways[n][state]: in how many ways to go on after n characters
+        for level in reversed(levels):          # from the end back to the first character
+            after = self._ways[0]               # the counts one character later
             ways = {}
             for state in level:
-                ends, edges = self._read(state)
-                after = self._ways[0]           # the counts one character later
-                ways[state] = ends + sum(len(chars) * after.get(target, 0) for chars, target in edges)
-                self._spend(len(edges) * (1 + ways[state].bit_length() // 1000))    # big integers cost more
+                edges = self._edges(state)
+                ways[state] = sum(len(chars) * after.get(target, 0) for target, chars in edges.items())
+                self._spend(len(edges))
+            ways[DONE] = 1
             self._ways.insert(0, ways)
         self.count = ways[self._start]
 
     def _spend(self, steps):
         self._work += steps
         if self._work > MAX_WORK:
-            raise ValueError(f"{self.pattern!r:.60} is too large or ambiguous: simplify it or lower max_len")
+            raise BadInput(f"{self.pattern!r:.60} is too large or ambiguous: simplify it or lower max_len")
 
-    def _read(self, state):
-        """Return whether a string may end in this state, and the state's edges [(characters, next state)].
+    def _parse(self, pattern):
+        try:
+            tree = _parser.parse(pattern)
+            if tree.state.flags != re.UNICODE:          # the default
+                raise BadInput(f"{pattern!r:.60} has {FLAGS}")
+            return self._branch(tree)
+        except (re.error, OverflowError, RecursionError) as e:
+            raise BadInput(f"{pattern!r:.60}: {e} (a \\ makes a special character an ordinary one)") from None
 
-        A state is a set of branches (see `_parse`): the alternatives for the rest of the string (subset
-        construction, Rabin & Scott 1959).
+    def _branch(self, tree):
+        """Turn a tree of Python's parser into a branch: a tuple of items (what, least, most).
+
+        `what` is repeated least to most times. A tuple is one of its characters, a frozenset one of its branches:
+        `[ab]c?` is the branch ((("a", "b"), 1, 1), (("c",), 0, 1)).
         """
-        if state not in self._known:
-            left_after, edges = defaultdict(set), defaultdict(str)
+        items = []
+        for op, value in tree:
+            least = most = 1
+            match str(op):
+                case "BRANCH":                          # alternatives
+                    what = frozenset(map(self._branch, value[1]))
+                case "SUBPATTERN":                      # a group, with flags that it sets and unsets
+                    _, added, removed, inside = value
+                    if added or removed:
+                        raise BadInput(f"{self.pattern!r:.60} has {FLAGS}")
+                    what = frozenset([self._branch(inside)])
+                case "MAX_REPEAT" | "MIN_REPEAT":       # a lazy repetition matches the same strings
+                    least, most, inside = value
+                    what = frozenset([self._branch(inside)])
+                case _:
+                    what = tuple(sorted(self._characters(op, value)))
+            if most > self.max_len:
+                most = math.inf
+            if isinstance(what, frozenset) and _may_be_empty(what):
+                least = 0       # skipping it stands for matching nothing, so each round reads a character
+            if most > 0:
+                items.append((what, least, most))
+        return tuple(items)
+
+    def _characters(self, op, value):
+        """The set of characters that a node of Python's parser matches."""
+        match str(op):
+            case "LITERAL":
+                return {chr(value)}
+            case "NOT_LITERAL":
+                return PRINTABLE - {chr(value)}
+            case "ANY":
+                return PRINTABLE
+            case "CATEGORY":
+                return {c for c in PRINTABLE if re.match(CATEGORIES[str(value)], c)}
+            case "RANGE":
+                low, high = value
+                self._spend(high - low)
+                return {*map(chr, range(low, high + 1))}
+            case "IN":                                  # a class, such as [^a-z_]
+                if value[0][0] is _parser.NEGATE:
+                    return PRINTABLE - self._characters(op, value[1:])
+                return set().union(*(self._characters(*part) for part in value))
+        raise BadInput(f"{self.pattern!r:.60} has {REFUSED[str(op).split('_')[0]]}")
+
+    def _edges(self, state):
+        """The edges of a state: next state -> the characters that lead there."""
+        if state not in self._edges_of:
+            left_after = defaultdict(set)               # character -> branches that are left to read
             for branch in state:
-                for chars, left in _steps(branch):
-                    self._spend((1 + len(chars)) * (1 + len(left) // 50))           # long branches cost more
+                for chars, left in self._steps(branch):
+                    self._spend(len(chars) * (1 + len(left) // 50))           # long branches cost more
                     for c in chars:
                         left_after[c].add(left)
+            edges = self._edges_of[state] = defaultdict(list)
             for c in sorted(left_after):
-                edges[frozenset(left_after[c])] += c        # one edge per next state
-            self._known[state] = _may_end(state), [(chars, target) for target, chars in edges.items()]
-        return self._known[state]
+                edges[frozenset(left_after[c])].append(c)
+        return self._edges_of[state]
+
+    def _steps(self, branch):
+        """Yield (characters, rest of the branch) for every way to read its first one (Antimirov 1996)."""
+        for i, (what, least, most) in enumerate(branch):
+            self._spend(1)
+            rest = branch[i + 1:]
+            if most > 1:
+                rest = ((what, max(least - 1, 0), most - 1), *rest)     # one repetition fewer is left
+            if isinstance(what, tuple):
+                yield what, rest
+            else:
+                for inside in what:
+                    for chars, left in self._steps(inside):
+                        yield chars, left + rest
+            if least > 0:       # this item must be read before the next
+                return
 
     def unrank(self, i):
-        """Return the i-th string, 0 <= i < count, in a fixed order. Raises ValueError for any other i."""
-        if not (isinstance(i, int) and 0 <= i < self.count):
-            raise ValueError(f"{self.pattern!r:.60} has no string {i!r:.60}: use 0 to count - 1")
+        """Return the i-th string, 0 <= i < count, in a fixed order. Raises BadInput for any other i."""
+        if not 0 <= i < self.count:
+            raise BadInput(f"{self.pattern!r:.60} has no string {i!r:.60}: use 0 to count - 1")
         string = ""
-        ends, edges = self._read(self._start)
-        while i or not ends:
-            i -= ends                           # the string that ends here, if any, comes first
+        state = self._start
+        while state != DONE:
             ways = self._ways[len(string) + 1]
-            for chars, state in edges:
-                if i < len(chars) * ways[state]:        # the string goes on along this edge
+            for target, chars in self._edges(state).items():
+                if i < len(chars) * ways[target]:       # the string goes on along this edge
                     break
-                i -= len(chars) * ways[state]
-            which, i = divmod(i, ways[state])           # which character, and which string after it
+                i -= len(chars) * ways[target]
+            which, i = divmod(i, ways[target])          # which character, and which string after it
             string += chars[which]
-            ends, edges = self._read(state)
+            state = target
         return string
 
     def sample(self, n, rng, unique=True):
-        """Draw n strings uniformly, distinct if unique. Raises ValueError if the language has too few."""
-        if not 0 <= n <= (self.count if unique else n * self.count):      # with repeats, one string is enough
-            raise ValueError(f"{n} strings of at most {self.max_len} characters were asked for, but "
-                             f"{self.pattern!r:.60} has only {min(self.count, 10 ** 18)}: make it more "
-                             "general, lower n_train or n_val, or raise max_len")
-        strings = []
-        moved = {}              # a Fisher-Yates shuffle: place j holds moved[j], or j if not in there
-        for i in range(n):
-            j = rng.randrange(i if unique else 0, self.count)
-            strings.append(self.unrank(moved.get(j, j)))
-            if unique:
-                moved[j] = moved.get(i, i)
-        return strings
-
-    def matches(self, s):
-        """Whether s is in the language."""
-        state = self._start
-        for c in s[:self.max_len]:
-            state = next((target for chars, target in self._read(state)[1] if c in chars), frozenset())
-        return len(s) <= self.max_len and self._read(state)[0]
-
-    def isdisjoint(self, other):
-        """Whether no string is in both languages. Raises ValueError if they are too large to compare."""
-        return find_overlap([self.pattern, other.pattern], min(self.max_len, other.max_len)) is None
+        """Draw n strings uniformly, distinct if unique. Raises BadInput if the language has too few."""
+        if not 0 <= n <= (self.count if unique else n * self.count):    # with repeats, one string is enough
+            raise BadInput(f"{n} strings of at most {self.max_len} characters were asked for, but "
+                           f"{self.pattern!r:.60} has only {self.count}: make it more "
+                           "general, lower n_train or n_val, or raise max_len")
+        if not unique:
+            return [self.unrank(rng.randrange(self.count)) for _ in range(n)]
+        drawn = {}                              # a dict keeps the order of the draws
+        while len(drawn) < n:
+            drawn[rng.randrange(self.count)] = True
+        return [self.unrank(i) for i in drawn]
 
 
-def find_overlap(patterns, max_len):
-    """Find two patterns that have a string in common: return their indices i < j, or None.
-
-    Languages are disjoint if and only if the size of their union is the sum of their sizes. Raises ValueError
-    if the union is too large to count.
-    """
-    def overlap(group):
-        total = sum(compile_regex(pattern, max_len).count for pattern in group)
-        return Regex("|".join(group), max_len).count < total
-
-    if not overlap(patterns):
-        return None
-    # bisect for the first `last` at which patterns 0 to last overlap: from there on they always do
-    j = bisect_left(range(len(patterns)), True, key=lambda last: overlap(patterns[:last + 1]))
-    i = next(i for i in range(j) if overlap([patterns[i], patterns[j]]))
-    return i, j
+def _may_be_empty(branches):
+    """Whether one of these branches matches the empty string: none of its items has to be read."""
+    return any(all(least == 0 for _, least, _ in branch) for branch in branches)
 
 
 compile_regex = lru_cache(maxsize=10_000)(Regex)        # cache: overlap checks and sampling share it
 
 
-def _fail(pattern, what, i, way_out):
-    raise ValueError(f"{what} at position {i} of {pattern!r:.60}: {way_out}")
+def find_overlap(patterns, max_len):
+    """Find two patterns that have a string in common: return their indices i < j, or None.
 
-
-def _refuse(pattern, i, *unsupported):
-    for construct, what, way_out in unsupported:
-        if found := re.compile(construct).match(pattern, i):
-            _fail(pattern, f"{what} {found[0]}", i, way_out)
-
-
-def _parse(pattern, i, depth=0):
-    """Parse from position i to a ) or the end by recursive descent; return the branches and the end position.
-
-    A branch, one alternative of |, is a tuple of items (branches, least, most): `ab?` has one branch,
-    ((A, 1, 1), (B, 0, 1)). Recursion ends at single characters: A is {({a},)}, one branch of a bare set of
-    characters. least and most are floats, as most may be inf.
+    Languages are disjoint if and only if the size of their union is the sum of their sizes. Raises BadInput
+    if the union is too large to count.
     """
-    branches = [[]]
-    while i < len(pattern) and pattern[i] != ")":
-        _refuse(pattern, i, *BAD)
-        start, c = i, pattern[i]
-        i += 1
-        if c == "|":
-            branches.append([])
-            continue
-        if c == "(":
-            if depth == MAX_DEPTH:
-                _fail(pattern, "too many nested groups", start, f"nest at most {MAX_DEPTH}")
-            inside, i = _parse(pattern, i + 2 * pattern.startswith("?:", i), depth + 1)     # skip a ?:
-            if i == len(pattern):
-                _fail(pattern, "unclosed (", start, "close it, or escape it")
-            i += 1
-        else:
-            if c == "[":
-                chars, i = _char_class(pattern, start)
-            elif c == "\\":
-                chars, i = SETS.get(c + pattern[i], pattern[i]), i + 1
-            else:
-                chars = PRINTABLE if c == "." else c
-            inside = frozenset([(frozenset(chars),)])
-        least, most, i = _repetition(pattern, i)
-        if _may_end(inside):
-            least = 0           # skipping it stands for matching nothing, so each round reads a character
-        if most > 0:
-            branches[-1].append((inside, least, most))
-    return frozenset(map(tuple, branches)), i
+    def overlap(*group):
+        total = sum(compile_regex(pattern, max_len).count for pattern in group)
+        return Regex(group, max_len).count < total
 
-
-def _char_class(pattern, i):
-    """Parse the [...] at position i; return its characters and the end position."""
-    found = CLASS.match(pattern, i)
-    if not found:
-        _fail(pattern, "unclosed [", i, "close it, or escape it")
-    chars = set()
-    for member in MEMBER.finditer(pattern, *found.span(2)):
-        low, high = member[1], member[2] or member[1]           # [-1] below drops the backslash
-        _refuse(pattern, member.start(), BAD_ESCAPE)
-        _refuse(pattern, member.end() - len(high), BAD_ESCAPE)
-        if member[2] and {low, high} & {*SETS} or high[-1] < low[-1]:
-            _fail(pattern, f"bad range {member[0]}", member.start(), "write two characters, the lower first")
-        chars |= SETS.get(low) or {*map(chr, range(ord(low[-1]), ord(high[-1]) + 1))}
-        if len(chars) > MAX_CLASS:
-            _fail(pattern, "too large a class", i, f"use at most {MAX_CLASS} characters")
-    return PRINTABLE - chars if found[1] else chars, found.end()
-
-
-def _repetition(pattern, i):
-    """Parse the quantifier at position i, if any; return least, most (1, 1 if none) and the end position."""
-    found = QUANTIFIER.match(pattern, i)
-    text = {"": "1", "?": "0,1", "*": "0,", "+": "1,"}.get(found[0], found[0][1:-1])
-    least, comma, most = text.partition(",")
-    least, most = float(least), float(most or ("inf" if comma else least))
-    if most < least:
-        _fail(pattern, f"empty repetition {found[0]}", i, "write {m,n} with m <= n")
-    return least, most, found.end()
-
-
-def _may_end(branches):
-    """Whether one of these branches matches the empty string: all its items are groups with least = 0."""
-    return any(all(type(item) is tuple and item[1] == 0 for item in branch) for branch in branches)
-
-
-def _steps(branch):
-    """Yield (characters, rest of the branch) for every way to read its first character (Antimirov 1996)."""
-    for i, item in enumerate(branch):
-        rest = branch[i + 1:]
-        if isinstance(item, frozenset):
-            yield item, rest
-            return
-        group, least, most = item
-        if most > 1:
-            rest = ((group, max(least - 1, 0), most - 1), *rest)        # one repetition fewer is left
-        for inside in group:
-            for chars, left in _steps(inside):
-                yield chars, left + rest
-        if least > 0:           # this item must be read before the next
-            return
+    if not overlap(*patterns):
+        return None
+    # bisect for the first `last` at which patterns 0 to last overlap: from there on they always do
+    j = bisect_left(range(len(patterns)), True, key=lambda last: overlap(*patterns[:last + 1]))
+    i = next(i for i in range(j) if overlap(patterns[i], patterns[j]))
+    return i, j
 
 
 # ---------------------------------------------------------------- configuration and tasks
@@ -286,11 +238,14 @@ def _steps(branch):
 
 @dataclass
 class DataConfig:
-    """Every setting of the data; `train.Config` adds the rest. `--help` prints the comments."""
+    """Every setting of the data; `train.Config` adds the rest.
+
+    TO ADD A SETTING, WRITE A LINE LIKE THESE: `--help` PRINTS THE COMMENT BEHIND IT.
+    """
     seed: int = 0                   # determines every random draw
     tasks: str = ""                 # a tasks file to use instead of random tasks
     n_tasks: int = 16               # number of random tasks
-    n_distributions: int = 3        # regexes per random task, plus one that is held out
+    n_regexes: int = 3              # regexes per random task, plus one that is held out
     n_mappings: int = 5             # input-output pairs per random task
     n_inputs: int = 10              # size of the pool of inputs that random tasks share
     n_outputs: int = 20             # size of the pool of outputs that random tasks share
@@ -298,31 +253,20 @@ class DataConfig:
     n_train: int = 20               # training instructions per regex
     n_val: int = 10                 # instructions per regex in each of subset, val and ood
     n_asked: int = 8                # inputs per instruction; split `pairs` asks up to as many again
-    asks_for: str = "output"        # target: output, task or distribution; nothing: instructions only
+    asks_for: str = "output"        # what to answer: output; task (its number); nothing: instructions only
     n_probed: int = 64              # tasks in subset, val, ood and pairs; any others are only trained on
     max_len: int = 128              # maximum length of an instruction, in characters
     shuffle_tasks: bool = False     # give every instruction a random task, which can only be memorised
 
-    choices = {"asks_for": ("output", "task", "distribution", "nothing")}       # no annotation, so no field
-
-    def check(self):
-        """Raise ValueError for a setting out of range. Integers start at 1, or at 0 if the default is 0."""
-        for field in dataclasses.fields(self):
-            name, kind, value = field.name, field.type, getattr(self, field.name)
-            if type(value) is not kind and (kind, type(value)) != (float, int):    # an int may serve as float
-                raise ValueError(f"{name} is {value!r:.60}: it must be of type {kind.__name__}")
-            if value not in self.choices.get(name, [value]):
-                raise ValueError(f"{name} is {value!r}: choose from {', '.join(self.choices[name])}")
-            least = 1 if kind is int and field.default else 0
-            if kind in (int, float) and not least <= value < 10 ** 6:
-                raise ValueError(f"{name} is {value}: it must be at least {least} and below a million")
+    # limits of settings, for runs.check; the largest number of one is at_most = {"name": number}
+    choices = {"asks_for": ("output", "task", "nothing")}
 
 
 class Task(NamedTuple):
     """A function from inputs to outputs, the regexes that describe it, and one that is never trained on."""
     name: str
     map: dict               # input -> output
-    distributions: list     # regexes
+    regexes: list
     held_out: str
 
 
@@ -335,8 +279,8 @@ def random_pattern(rng):
     It has 16 * 16 * 3 = 768 strings, all of 10 letters, so length says nothing about the task.
     """
     classes = [f"[{''.join(sorted(rng.sample(ascii_lowercase, 4)))}]{{2}}" for _ in range(2)]
-    choice = f"({'|'.join(rng.sample(TWO_LETTERS, 3))})"
-    parts = [*rng.sample(TWO_LETTERS, 2), *classes, choice]
+    *choices, one, other = rng.sample(TWO_LETTERS, 5)
+    parts = [one, other, *classes, f"({'|'.join(choices)})"]
     return "".join(rng.sample(parts, len(parts)))
 
 
@@ -344,153 +288,166 @@ def random_maps(cfg, rng):
     """Draw a map for each task, using all inputs and outputs evenly; no two tasks share an input-output pair.
 
     No two tasks have the same set of inputs until all sets are used; with cfg.twins, tasks 0 and 1 share one,
-    2 and 3 another, and so on. Raises ValueError for impossible sizes, or if only one task uses a word.
+    2 and 3 another, and so on. Raises BadInput for impossible sizes, or if only one task uses a word.
     """
     k = cfg.n_mappings
     if k > min(cfg.n_inputs, cfg.n_outputs):
-        raise ValueError(f"n_mappings is {k}: it must not exceed n_inputs or n_outputs")
+        raise BadInput(f"n_mappings is {k}: it must not exceed n_inputs or n_outputs")
     inputs = [chr(ord("A") + i % 26) * (1 + i // 26) for i in range(cfg.n_inputs)]      # A ... Z, AA, BB ...
     outputs = [str(i) for i in range(cfg.n_outputs)]
-    maps, sets, pairs, uses = [], set(), set(), Counter()
+    maps, uses = [], Counter()
 
-    def deal(pool, attempt):        # k words, least used first; more at random every 500 attempts
+    def least_used(pool, attempt):      # k words; more and more at random, every 500 attempts
         return sorted(pool, key=lambda word: uses[word] + (1 + attempt // 500) * rng.random())[:k]
 
     for t in range(cfg.n_tasks):
         twin = cfg.twins and t % 2
-        if len(sets) == math.comb(cfg.n_inputs, k):
-            sets.clear()            # all sets are used up: allow repeats
+        may_repeat = twin or len(maps) >= math.comb(cfg.n_inputs, k)
         for attempt in range(10_000):
-            chosen = tuple(maps[-1] if twin else sorted(deal(inputs, attempt)))
-            mapping = dict(zip(chosen, rng.sample(deal(outputs, attempt), k)))
-            if pairs.isdisjoint(mapping.items()) and (twin or chosen not in sets):
+            chosen = maps[-1] if twin else sorted(least_used(inputs, attempt))
+            mapping = dict(zip(chosen, rng.sample(least_used(outputs, attempt), k)))
+            shared = any(mapping.items() & other.items() for other in maps)
+            if not shared and (may_repeat or mapping.keys() not in map(dict.keys, maps)):
                 break
         else:
-            raise ValueError(f"raise n_outputs ({cfg.n_outputs}): an input needs a new output in each task")
+            raise BadInput(f"raise n_outputs ({cfg.n_outputs}): an input needs a new output in each task")
         maps.append(mapping)
-        sets.add(chosen)
-        pairs.update(mapping.items())
         uses.update([*mapping, *mapping.values()])
     if any(uses[word] < 2 for word in inputs + outputs):
-        raise ValueError("an input or output that only one task uses would give it away: lower n_inputs or "
-                         "n_outputs, or raise n_tasks")
+        raise BadInput("an input or output that only one task uses would give it away: lower n_inputs or "
+                       "n_outputs, or raise n_tasks")
     return maps
 
 
 def random_tasks(cfg):
-    """Draw tasks; no two regexes have a string in common. Raises ValueError as `random_maps` does."""
+    """Draw tasks; no two regexes have a string in common. Raises BadInput as `random_maps` does."""
     rng = random.Random(f"{cfg.seed}/tasks")
     maps, tasks = random_maps(cfg, rng), []
-    patterns = [random_pattern(rng) for _ in range((cfg.n_distributions + 1) * cfg.n_tasks)]
+    patterns = [random_pattern(rng) for _ in range((cfg.n_regexes + 1) * cfg.n_tasks)]
     while overlap := find_overlap(patterns, cfg.max_len):
         patterns[overlap[1]] = random_pattern(rng)
     for t, mapping in enumerate(maps):
-        held_out, *distributions = patterns[t::cfg.n_tasks]
-        tasks.append(Task(f"t{t:02d}", mapping, distributions, held_out))
+        held_out, *regexes = patterns[t::cfg.n_tasks]
+        tasks.append(Task(f"t{t:02d}", mapping, regexes, held_out))
     return tasks
-
-
-def write(path, content):
-    """Write a text file: first a temporary one, then rename it, so that nobody reads half a file."""
-    aside = Path(f"{path}.tmp")
-    aside.write_bytes(content.encode())
-    os.replace(aside, path)
 
 
 def write_tasks(path, cut_into, tasks):
     """Write a tasks file; `cut_into` says how instructions are cut: into "characters" or "words"."""
-    spec = {"tokens": cut_into, "tasks": [task._asdict() for task in tasks]}
-    write(path, json.dumps(spec, indent=1, ensure_ascii=False))
+    write_json(path, {"tokens": cut_into, "tasks": [task._asdict() for task in tasks]})
 
 
 def read_tasks(path, max_len):
     """Read a tasks file; return what instructions are cut into ("characters" or "words") and the tasks.
 
-    Inputs and outputs are normalised to what the network reads: words separated by single spaces.
-    Raises ValueError naming the task and what is wrong with it, OSError if the file cannot be read.
+    Raises BadInput if the file cannot be read, or naming the task and what is wrong with it.
     """
-    def check(right, rule):         # `where`, set below, names the current task
-        if not right:
-            raise ValueError(f"{path}, {where}: {rule}")
-
-    def unique(pairs):              # json alone would silently keep the last of duplicate keys
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError(f"a key is there twice among {[key for key, _ in pairs]}")
-        return dict(pairs)
-
-    try:
-        spec = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path} is not a tasks file: {e} (JSON writes \\ as \\\\)") from None
-    where, tasks = "top level", {}
-    check(isinstance(spec, dict) and spec.get("tokens") in ("characters", "words")
-          and isinstance(spec.get("tasks"), list) and spec["tasks"],
-          'needs "tokens": "characters" or "words", and "tasks": a list that is not empty')
-    for number, entry in enumerate(spec["tasks"]):
-        where = f"task {number}"
-        for key, kind in Task.__annotations__.items():
-            check(isinstance(entry, dict) and isinstance(entry.get(key), kind) and entry[key],
-                  f"{key} is missing, empty or not of type {kind.__name__}")
-        name, mapping, distributions, held_out = (entry[key] for key in Task._fields)
-        where = f"task {name}"
-        check(name not in tasks, "another task has this name")
-        texts = [*mapping.values(), *distributions]
-        check(all(isinstance(text, str) for text in texts), "every output and every regex must be text")
-        pairs = [[" ".join(words(text)) for text in pair] for pair in mapping.items()]
-        check(all(map(all, pairs)), "an input or output is blank")
-        check(len(dict(pairs)) == len(pairs), "two inputs are the same words")
-        tasks[name] = Task(name, dict(pairs), distributions, held_out)
-    patterns = [p for task in tasks.values() for p in [*task.distributions, task.held_out]]
+    spec = read_json(path, "it must be JSON, which writes \\ as \\\\")
+    match spec:
+        case {"tokens": "characters" | "words" as cut_into, "tasks": [_, *_] as entries}:
+            pass
+        case _:
+            raise BadInput(f'{path} needs "tokens": "characters" or "words", and "tasks": a list, not empty')
+    tasks = {}
+    for number, entry in enumerate(entries):
+        name = isinstance(entry, dict) and entry.get("name") or number
+        try:
+            task = read_task(entry, max_len)
+            if task.name in tasks:
+                raise BadInput("another task has this name")
+        except BadInput as e:
+            raise BadInput(f"{path}, task {name!s:.60}: {e}") from e
+        tasks[name] = task
+    patterns = [pattern for task in tasks.values() for pattern in [*task.regexes, task.held_out]]
     overlap = find_overlap(patterns, max_len)
     if overlap:
         one, other = (patterns[i] for i in overlap)
-        raise ValueError(f"{path}: {one!r:.60} and {other!r:.60} have strings in common: make them disjoint")
-    return spec["tokens"], [*tasks.values()]
+        raise BadInput(f"{path}: {one!r:.60} and {other!r:.60} have strings in common: make them disjoint")
+    return cut_into, [*tasks.values()]
+
+
+def read_task(entry, max_len):
+    """Turn an entry of a tasks file into a Task. Raises BadInput that says what is wrong with it.
+
+    Inputs and outputs are normalised to what the network reads: words separated by single spaces.
+    """
+    match entry:
+        case {"name": str(name), "map": dict(mapping), "regexes": list(regexes), "held_out": str(held_out)
+              } if name and mapping and regexes:
+            pass
+        case _:
+            raise BadInput('it needs "name": text, "map": inputs and their outputs, "regexes" (not '
+                           '"distributions"): a list, and "held_out": a regex, none of them empty')
+    if re.search("[\ud800-\udfff]", json.dumps(entry, ensure_ascii=False)):
+        raise BadInput("it has half a character (a surrogate, U+D800 to U+DFFF): use whole ones")
+    if not all(isinstance(text, str) for text in [*mapping.values(), *regexes]):
+        raise BadInput("every output and every regex must be text")
+    pairs = [[" ".join(words(text)) for text in pair] for pair in mapping.items()]
+    if not all(map(all, pairs)) or len(dict(pairs)) < len(pairs):
+        raise BadInput("an input or output is blank, or two inputs are the same words")
+    for pattern in [*regexes, held_out]:
+        compile_regex(pattern, max_len)
+    return Task(name, dict(pairs), regexes, held_out)
 
 
 # ---------------------------------------------------------------- splits and tokens
 
 PAD, SEP, ANS, EOS = SPECIALS = "<pad>", "<sep>", "<ans>", "<eos>"      # <pad> is token 0
 WORD = re.compile(r"""[.,;:!?()<>"…]|[^\s.,;:!?()<>"…]+""")
+# Soft hyphens, marks of direction, zero-width spaces. Zero-width joiners stay: they change how letters look.
+INVISIBLE = re.compile("[\u00ad\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]")
+
+
+def clean(text):
+    """A text in Unicode form NFC, without characters that nobody can see."""
+    return unicodedata.normalize("NFC", INVISIBLE.sub("", text))
 
 
 def words(text):
-    """Split a text, in Unicode form NFC, into words and punctuation; "what's" and "ice-cream" are words."""
-    return WORD.findall(unicodedata.normalize("NFC", text))
+    """Cut a text into words and punctuation; "what's" and "ice-cream" are words."""
+    return WORD.findall(clean(text))
 
 
 def cut(instruction, cut_into):
     """Cut an instruction into tokens: "characters", or lower-case "words"."""
     if cut_into == "words":
         return words(instruction.lower())
-    return list(unicodedata.normalize("NFC", instruction))
+    return list(clean(instruction))
 
 
 class Instance(NamedTuple):
-    """One example: its texts, and the indices of its task, distribution and input set."""
+    """One example: its texts, and the indices of its task, regex and input set."""
     instruction: str
     input: str
     output: str
     task: int
-    distribution: int
+    regex: int
     input_set: int          # index of the first task that has this set of inputs
 
 
 # What instances can be grouped by. To add an identity: IDENTITIES["name"] = a function of an Instance.
-IDENTITIES = {key: attrgetter(key) for key in ("task", "distribution", "input", "output", "input_set")}
+IDENTITIES = {key: attrgetter(key) for key in ("task", "regex", "input", "output", "input_set")}
+IDENTITIES["text"] = attrgetter("instruction")          # not clustered by: probe.py counts its letters
+
+# What a token belongs to: none; the instruction and <sep>; the input and <ans>; the output and <eos>.
+PADDING, INSTRUCTION, INPUT, OUTPUT = range(4)
 
 
 class Split(NamedTuple):
-    """N instances as rows of T tokens, padded on the right; rows with the same instruction are adjacent."""
+    """N instances as rows of T tokens, padded on the right; rows with the same instruction are adjacent.
+
+    A position says where n states are read: in ascending rows, each as the mean over a span of columns, first
+    to last. For a single token, both are its column.
+    """
     instances: list
     tokens: np.ndarray          # (N, T) int64
-    is_output: np.ndarray       # (N, T) bool: True for the output and its <eos>
+    part: np.ndarray            # (N, T): what each token belongs to, e.g. INPUT
     identities: dict            # name -> (N,) numbers or text
-    positions: dict             # name -> (rows, columns), (n,) each: the tokens whose states are read
+    positions: dict             # name -> (rows, first columns, last columns), (n,) each
 
     def state_of(self, position):
         """For each instance, the index of its state among the n states read at `position`: (N,)."""
-        # rows ascend, and a state belongs to all instances from its row up to the next state's
+        # a state belongs to all instances from its row up to the next state's
         return np.searchsorted(self.positions[position][0], np.arange(len(self.tokens)), side="right") - 1
 
     def labels(self, position):
@@ -498,7 +455,8 @@ class Split(NamedTuple):
 
         Where instances share a state, as at `instruction`, identities on which they differ are left out.
         """
-        rows, state_of = self.positions[position][0], self.state_of(position)
+        rows = self.positions[position][0]
+        state_of = self.state_of(position)
         return {key: ids[rows] for key, ids in self.identities.items() if (ids == ids[rows][state_of]).all()}
 
 
@@ -513,31 +471,33 @@ class Dataset(NamedTuple):
 def encode(instances, cut_into):
     """Turn name -> instances into the vocabulary and name -> Split.
 
-    Instances of one instruction must be adjacent. Raises ValueError if two instructions have the same tokens.
+    Instances of one instruction must be adjacent. Raises BadInput if two instructions have the same tokens.
     """
     everything = set().union(*instances.values())
-    cuts, known = {}, {}
+    strings = {}                # tokens -> instruction
     for string in sorted({x.instruction for x in everything}):
-        cuts[string] = cut(string, cut_into)
-        first = known.setdefault(tuple(cuts[string]), string)
-        if first != string:
-            raise ValueError(f"{first!r} and {string!r} are the same tokens: make regexes allow only one")
-    texts = {x: [*cuts[x.instruction], SEP, *x.input.split(), ANS, *x.output.split(), EOS]
+        twin = strings.setdefault(tuple(cut(string, cut_into)), string)
+        if twin != string:
+            raise BadInput(f"{twin!r} and {string!r} are the same tokens: make regexes allow only one")
+    texts = {x: [*cut(x.instruction, cut_into), SEP, *x.input.split(), ANS, *x.output.split(), EOS]
              for x in everything}
     vocabulary = [*SPECIALS, *sorted(set().union(*texts.values()) - set(SPECIALS))]
     number = {token: i for i, token in enumerate(vocabulary)}
     width = max(map(len, texts.values()))
+    columns = np.arange(width)
     splits = {}
-    for name, some in instances.items():
-        rows = [[number[token] for token in texts[x]] for x in some]
-        tokens = np.array([row + [0] * (width - len(row)) for row in rows])                 # 0 is <pad>
-        sep = (tokens == number[SEP]).argmax(1)                         # (N,) columns
+    for name, examples in instances.items():
+        padded = [texts[x] + [PAD] * (width - len(texts[x])) for x in examples]
+        tokens = np.array([[number[token] for token in text] for text in padded])
+        sep = (tokens == number[SEP]).argmax(1)                                 # (N,) columns
         ans = (tokens == number[ANS]).argmax(1)
-        is_output = (np.arange(width) > ans[:, None]) & (tokens != 0)
-        identities = {key: np.array([identity(x) for x in some]) for key, identity in IDENTITIES.items()}
-        first = np.sort(np.unique([x.instruction for x in some], return_index=True)[1])    # where each starts
-        splits[name] = Split(some, tokens, is_output, identities, {
-            "instruction": (first, sep[first]), "answer": (np.arange(len(some)), ans)})
+        part = np.select([tokens == 0, columns <= sep[:, None], columns <= ans[:, None]],
+                         [PADDING, INSTRUCTION, INPUT], OUTPUT)
+        identities = {key: np.array([identity(x) for x in examples]) for key, identity in IDENTITIES.items()}
+        starts = np.sort(np.unique([x.instruction for x in examples], return_index=True)[1])
+        splits[name] = Split(examples, tokens, part, identities, {
+            "instruction": (starts, sep[starts], sep[starts]),      # once an instruction, where it starts
+            "answer": (np.arange(len(examples)), ans, ans)})
     return vocabulary, splits
 
 
@@ -545,99 +505,75 @@ def make_dataset(cfg):
     """Make the tasks, vocabulary and splits: the same cfg gives the same data on any machine.
 
     Each instruction comes with n_asked inputs of its task. If there are more, inputs take turns, and split
-    `pairs` has subset's instructions with up to n_asked others. Raises ValueError for impossible sizes.
+    `pairs` has subset's instructions with up to n_asked others. Raises BadInput for impossible sizes.
     """
-    cfg.check()
-    cut_into, tasks = read_tasks(cfg.tasks, cfg.max_len) if cfg.tasks else ("characters", random_tasks(cfg))
-    sets, n = [{*task.map} for task in tasks], cfg.n_asked
-    input_sets = [sets.index(some) for some in sets]
+    check(cfg)
+    if cfg.tasks:
+        cut_into, tasks = read_tasks(cfg.tasks, cfg.max_len)
+    else:
+        cut_into, tasks = "characters", random_tasks(cfg)
+    sets = [{*task.map} for task in tasks]
     most = max(map(len, sets))
-    if cfg.n_val > cfg.n_train or most > cfg.n_train * n:
-        raise ValueError(f"n_train is {cfg.n_train}: it must be at least n_val ({cfg.n_val}), and n_train * "
-                         f"n_asked at least {most}, the inputs of the largest task")
-    instances = defaultdict(list)
-    regexes = [(t, p) for t, task in enumerate(tasks) for p in [*task.distributions, task.held_out]]
-    for number, (t, pattern) in enumerate(regexes):
-        rng = random.Random(f"{cfg.seed}/instructions/{number}")
-        held_out = pattern == tasks[t].held_out
-        n_strings = cfg.n_val if held_out else cfg.n_train + cfg.n_val
-        turns = Counter()                       # task -> how many inputs have had their turn
-        for i, string in enumerate(compile_regex(pattern, cfg.max_len).sample(n_strings, rng)):
-            described = rng.randrange(len(tasks)) if cfg.shuffle_tasks else t      # the task taught
-            questions = [("", "")] if cfg.asks_for == "nothing" else [*tasks[described].map.items()]
-            random.Random(f"{cfg.seed}/turns/{number}/{described}").shuffle(questions)     # always alike
-            turn = turns[described] % len(questions)
-            turns[described] += n
-            questions = questions[turn:] + questions[:turn]            # start with those whose turn it is
-            split = "ood" if held_out else "train" if i < cfg.n_train else "val"
-            parts = {split: questions[:n]}
-            if split == "train" and i < cfg.n_val:
-                parts |= {"subset": questions[:n], "pairs": questions[n:2 * n]}
-            for part, asked in parts.items():
+    if cfg.n_val > cfg.n_train or most > cfg.n_train * cfg.n_asked:
+        raise BadInput(f"n_train is {cfg.n_train}: it must be at least n_val ({cfg.n_val}), and n_train * "
+                       f"n_asked at least {most}, the inputs of the largest task")
+    regexes = []                                # (number of its task, pattern, split of its unseen strings)
+    for t, task in enumerate(tasks):
+        regexes += [(t, pattern, "val") for pattern in task.regexes]
+        regexes.append((t, task.held_out, "ood"))
+    instances = defaultdict(list)               # name of a split -> its instances
+    for r, (t, pattern, unseen) in enumerate(regexes):
+        rng = random.Random(f"{cfg.seed}/instructions/{r}")
+        n_train = cfg.n_train if unseen == "val" else 0
+        strings = compile_regex(pattern, cfg.max_len).sample(n_train + cfg.n_val, rng)
+        pairs = {}                              # task -> its input-output pairs, those whose turn it is first
+        for i, string in enumerate(strings):
+            taught = rng.randrange(len(tasks)) if cfg.shuffle_tasks else t
+            if taught not in pairs:
+                pairs[taught] = [*tasks[taught].map.items()]
+                rng.shuffle(pairs[taught])      # once: the order serves all strings of this regex and task
+                if cfg.asks_for == "nothing":
+                    pairs[taught] = [("", "")]
+            asked, others = pairs[taught][:cfg.n_asked], pairs[taught][cfg.n_asked:]
+            pairs[taught] = others + asked      # the next string asks the others first
+            if i >= n_train:
+                parts = {unseen: asked}
+            elif i >= cfg.n_val:
+                parts = {"train": asked}
+            else:
+                parts = {"train": asked, "subset": asked, "pairs": others[:cfg.n_asked]}
+            for name in parts:
                 # train has all tasks, the other splits only the first n_probed
-                for word, output in asked if part == "train" or t < cfg.n_probed else []:
-                    answers = {"task": f"task{described}", "distribution": f"distribution{number}"}
-                    output = answers.get(cfg.asks_for, output)
-                    instances[part].append(
-                        Instance(string, word, output, described, number, input_sets[described]))
+                if name == "train" or t < cfg.n_probed:
+                    for word, output in parts[name]:
+                        if cfg.asks_for == "task":
+                            output = f"task{taught}"
+                        instances[name].append(
+                            Instance(string, word, output, taught, r, sets.index(sets[taught])))
     return Dataset(cut_into, tasks, *encode(instances, cut_into))
 
 
 # ---------------------------------------------------------------- the command line
 
 
-class Flags(argparse.ArgumentParser):
-    """An argument parser with a flag for every setting of `config`; those not given are left out."""
-
-    def __init__(self, config=object, **texts):
-        super().__init__(allow_abbrev=False, **texts)
-        source = "".join(inspect.getsource(part) for part in config.__mro__[:-1])
-        for name, why in re.findall(r"(\w+): \w+ = .*?# (.*)", source):      # its comment is the help text
-            default = getattr(config, name)
-            takes = {"action": "store_true"} if default is False else {"type": type(default)}
-            self.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS,
-                              help=f"{why} (default: {default!r})", **takes)
-
-    def error(self, message):
-        raise ValueError(f"{message}; --help lists the flags")
-
-
-def command_line(main):
-    """Run main(). Bad input is reported as one line on stderr, `error: what to do`, with exit status 2."""
-    try:
-        main()
-    except BrokenPipeError:                     # the reader of our output, say `head`, closed it
-        os._exit(141)                           # 128 + SIGPIPE
-    except KeyboardInterrupt:
-        sys.exit(130)                           # 128 + SIGINT
-    except (ValueError, OSError, ImportError) as e:
-        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(2)
-
-
 def main():
     """Print a one-page summary of a data set."""
     cfg = DataConfig(**vars(Flags(DataConfig, description=main.__doc__).parse_args()))
     data = make_dataset(cfg)
-    print(f"{len(data.tasks)} tasks, {len(data.vocabulary)} different tokens, sequences of at most "
-          f"{data.splits['train'].tokens.shape[1]} tokens; instructions are cut into {data.cut_into}\n\n"
-          "split   instructions  instances  tasks  regexes")
-    for name, split in data.splits.items():
-        print(f"{name:6}{len(split.positions['instruction'][0]):14,}{len(split.instances):11,}"
-              f"{len(set(split.identities['task'])):7,}{len(set(split.identities['distribution'])):9,}")
     task = data.tasks[0]
-    print(f"\ntask {task.name} maps {', '.join(map(' to '.join, task.map.items()))}")
-    for pattern in [*task.distributions, task.held_out]:
+    print(f"{len(data.tasks)} tasks. Task {task.name} maps {', '.join(map(' to '.join, task.map.items()))}.\n"
+          "Its regexes, of which the last one is held out:")
+    for pattern in [*task.regexes, task.held_out]:
         regex = compile_regex(pattern, cfg.max_len)
-        print(f"  {'held out' if pattern == task.held_out else 'regex'}  {pattern}   "
-              f"{min(regex.count, 10 ** 18):,} strings, e.g. "
-              f"{', '.join(regex.sample(3, random.Random(0), unique=False))}")
+        strings = ", ".join(regex.sample(3, random.Random(0), unique=False))
+        print(f"  {pattern}   {regex.count:,} strings, e.g. {strings}")
     for name, split in data.splits.items():
-        print(f"\n{name}")
-        for x in random.Random(0).choices(split.instances, k=5):
+        print(f"\n{name}: {len(split.positions['instruction'][0]):,} instructions, {len(split.instances):,} "
+              "instances, such as")
+        for x in random.Random(0).choices(split.instances, k=4):
             instruction = " ".join(cut(x.instruction, data.cut_into))
-            print(f"  {instruction} {SEP} {x.input} {ANS} {x.output} {EOS}   "
-                  f"(task {data.tasks[x.task].name})")
+            name = data.tasks[x.task].name
+            print(f"  {instruction} {SEP} {x.input} {ANS} {x.output} {EOS}   (task {name})")
 
 
 if __name__ == "__main__":

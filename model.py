@@ -14,6 +14,8 @@ Shapes, here and in the other files: B batch, T positions, C width, H heads, L b
 import math
 from dataclasses import dataclass
 
+from runs import BadInput
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -21,7 +23,7 @@ import torch.nn.functional as F
 
 @dataclass
 class ModelConfig:
-    """Sizes of a GPT. Raises ValueError if n_embd is not a multiple of n_head."""
+    """Sizes of a GPT. Raises BadInput if n_embd is not a multiple of n_head."""
     vocab_size: int         # V
     block_size: int         # longest sequence, in tokens
     n_layer: int = 4        # L
@@ -30,7 +32,7 @@ class ModelConfig:
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
+            raise BadInput(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
 
 
 class Attention(nn.Module):
@@ -77,7 +79,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The whole network. Its initial weights are drawn from `generator`, distributed as in GPT-2:
+    """The whole network. Its initial weights come from torch's global generator, distributed as in GPT-2:
 
     | weights                                       | initial values             |
     |-----------------------------------------------|----------------------------|
@@ -86,7 +88,7 @@ class GPT(nn.Module):
     | norms                                         | bias 0, gain 1             |
     """
 
-    def __init__(self, cfg: ModelConfig, generator: torch.Generator | None = None):
+    def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.cfg = cfg
         self.token = nn.Embedding(cfg.vocab_size, cfg.n_embd)
@@ -97,13 +99,19 @@ class GPT(nn.Module):
             if p.dim() == 2:
                 # in both sublayers, `out` is the map back into the stream
                 std = 0.02 / math.sqrt(2 * cfg.n_layer) if name.endswith("out.weight") else 0.02
-                nn.init.normal_(p, std=std, generator=generator)
+                nn.init.normal_(p, std=std)
 
     def forward(self, idx: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Tokens idx (B, T) int64 -> logits (B, T, V) and a list of L + 1 states (B, T, C), one per layer."""
-        x = self.token(idx) + self.position.weight[:idx.shape[1]]
+        return self.run_from(0, self.token(idx) + self.position.weight[:idx.shape[1]], idx)
+
+    def run_from(self, layer, x, tokens):
+        """The rest of the network: states x (B, T, C) of a layer -> logits, and states from that layer on.
+
+        The tokens (B, T) are not used: they are for blocks of your own that need more than x.
+        """
         states = [x]
-        for block in self.blocks:
+        for block in self.blocks[layer:]:
             x = block(x)
             states.append(x)
         return self.head(x), states

@@ -17,6 +17,8 @@ from collections import defaultdict
 from itertools import cycle
 from pathlib import Path
 
+from runs import BadInput, Flags, command_line, read_run, select
+
 import numpy as np
 import torch.nn.functional as F
 
@@ -28,11 +30,10 @@ try:
 except ImportError:                         # main reports it
     matplotlib = None
 
-from apply import select
-from data import Flags, Regex, command_line
+from data import Regex
 from probe import (LOWER, is_beyond, means, normalise, numbered, read_labels, read_states,
                    task_similarities)
-from train import read_config, read_data, read_rows
+from train import read_config, read_data
 
 STYLE = {"axes.titlesize": "medium",
          "axes.spines.top": False,
@@ -47,7 +48,7 @@ NIGHT = {"figure.facecolor": "#0d1117",     # for the hero figure and its film
          "ytick.color": "0.9"}
 COLORS = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"
 WORDS = {"f1": "pairwise F1",
-         "distribution": "regular expression",
+         "regex": "regular expression",
          "input_set": "set of inputs",
          "step": "training step",
          "b": "labelled instructions per unwanted task"}
@@ -68,19 +69,6 @@ def own_style():
 
 
 # ---------------------------------------------------------------- rows and lines
-
-
-def read_run(run):
-    """All numbers of a run or a demo: rows with measure, value, and keys that say what they are about."""
-    rows = []
-    for name in "metrics", "probe", "patch", "apply":
-        path = run / f"{name}.jsonl"
-        for row in read_rows(path) if path.exists() else []:
-            if "measure" in row:
-                rows.append(row)
-            else:                           # one row, several measures
-                rows += [{**row, "measure": key, "value": value} for key, value in row.items()]
-    return rows
 
 
 def curve(rows, x, number="value"):
@@ -157,7 +145,7 @@ def sort_states(folder, labels, steps, name, identity):
     shared = task_similarities(labels, {}, name)
     if "input" in shared:
         ids["task"] = np.argsort(order_tasks(shared["input"]))[ids["task"]]
-    order = np.lexsort([ids[key] for key in ("distribution", "task", identity) if key in ids])
+    order = np.lexsort([ids[key] for key in ("regex", "task", identity) if key in ids])
     return read_states(folder, steps, name, len(order))[:, :, order]
 
 
@@ -281,7 +269,7 @@ def draw_data(data, max_len):
             f"    {x.instruction} <sep> {x.input} <ans>",
             f"and answers {x.output}. Regexes of this task, each with",
             "three sampled instructions (the last regex is held out):"]
-    for pattern in [*task.distributions, task.held_out]:
+    for pattern in [*task.regexes, task.held_out]:
         strings = Regex(pattern, max_len).sample(3, random.Random(0), unique=False)
         text += ["", pattern, *(f"    {string}" for string in strings)]
     fig = Figure(figsize=(10, 0.21 * len(text)))
@@ -458,7 +446,7 @@ def draw(runs, out):
     mine, *others = map(read_run, runs)
     rows = sum(others, mine)
     if not rows:
-        raise ValueError(f"{first}: nothing to draw; train it, then score it: python probe.py {first}")
+        raise BadInput(f"{first}: nothing to draw; train it, then score it: python probe.py {first}")
     out.mkdir(parents=True, exist_ok=True)
     if "arm" in rows[0]:
         figures = draw_pretrain(rows) if "n_train" in rows[0] else draw_align(rows)
@@ -494,13 +482,13 @@ def main():
     flags.add_argument("--out", type=Path, help="output folder (default: figures/ in the first folder)")
     given = flags.parse_args()
     if matplotlib is None:
-        raise ValueError("matplotlib is missing: make figures installs it")
+        raise BadInput("matplotlib is missing: make figures installs it")
     # apply.jsonl, metrics.jsonl, patch.jsonl, probe.jsonl
     found = sorted({path.parent for path in Path("runs").glob("*/[amp]*.jsonl")})
     with warnings.catch_warnings(record=True) as caught, own_style():
         groups = group_runs(given.folders or found or [Path("runs/default")])
         if given.out and len(groups) > 1:
-            raise ValueError("--out: these folders differ in more than their seeds, draw them one at a time")
+            raise BadInput("--out: these folders differ in more than their seeds, draw them one at a time")
         for runs in groups:
             draw(runs, given.out or runs[0] / "figures")
     if caught:

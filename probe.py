@@ -19,14 +19,15 @@ from collections import Counter, defaultdict
 from functools import cache
 from pathlib import Path
 
-from data import Flags, command_line, cut
+from runs import (BadInput, Flags, capture_path, command_line, kept_steps, make_generator, pick_device,
+                  read_arrays, write_rows)
 
 import numpy as np
-import torch                # after data, which sets how torch's threads wait
+import torch
 import torch.nn.functional as F
 
-from train import (capture_path, load_model, make_generator, make_labels, pick_device, read_arrays,
-                   read_data, reading, write_rows)
+from data import cut
+from train import load_model, make_labels, read_data
 
 # ---------------------------------------------------------------- k-means
 
@@ -43,12 +44,12 @@ def kmeans(x, k, n_init=8, max_iter=100, seed=0):
     for SHORT more, and so on (successive halving); the last one left runs until it converges, for at most
     max_iter iterations. With fewer than k distinct points, some clusters stay empty; their centroids are nan.
 
-    Raises ValueError for k outside 1..N and for points that are not finite.
+    Raises BadInput for k outside 1..N and for points that are not finite.
     """
     x = torch.as_tensor(x).double()
     *batch, N, C = x.shape
     if not 1 <= k <= N:
-        raise ValueError(f"k = {k} must be in 1..{N}, the number of points")
+        raise BadInput(f"k = {k} must be in 1..{N}, the number of points")
     size = k, n_init, 2 + int(math.log(k))              # (k, S, T): T candidates, as in scikit-learn
     draws = torch.rand(size, generator=make_generator(f"{seed}/kmeans")).to(x.device)
     found = []
@@ -70,13 +71,13 @@ def normalise(x):
     """Subtract the mean of points x (..., N, C) and divide by the largest absolute coordinate; float32.
 
     Clusters stay the same, and float32 is then precise enough whatever the origin and unit of x, unless one
-    direction or point is 1,000 times larger than all others. Raises ValueError for nan and infinity.
+    direction or point is 1,000 times larger than all others. Raises BadInput for nan and infinity.
     """
     x = x.double()
     x = x - x.mean(-2, keepdim=True)
     largest = x.abs().amax((-1, -2), keepdim=True)
     if not largest.isfinite().all():
-        raise ValueError("points must be finite, but these contain nan or infinity: remove them")
+        raise BadInput("points must be finite, but these contain nan or infinity: remove them")
     return (x / largest.clamp(min=1e-300)).float()
 
 
@@ -380,13 +381,13 @@ def merge_ratio(distances, same):
 def knn(train, query, k):
     """The k points of train (N, C) nearest to each point of query (Q, C): (Q, k) indices, nearest first.
 
-    Distances are Euclidean, in float64; among equal distances, the lower index comes first. Raises ValueError
+    Distances are Euclidean, in float64; among equal distances, the lower index comes first. Raises BadInput
     for k outside 1..N and for points that are not finite.
     """
     train = torch.as_tensor(train).double()
     query = torch.as_tensor(query).double()
     if not (1 <= k <= len(train) and train.isfinite().all() and query.isfinite().all()):
-        raise ValueError(f"k = {k} must be in 1..{len(train)}, the number of points, and the points finite")
+        raise BadInput(f"k = {k} must be in 1..{len(train)}, the number of points, and the points finite")
     origin = train.median(0).values                             # near 0, rounding errors are smallest
     found = []
     for some in query.split(AT_ONCE // len(train) + 1):
@@ -482,7 +483,7 @@ def score_states(states, labels, steps, seed=0, overlaps={}):
     - `null`: labels move between single states; given labels `input`, only between states of one input, so
       that clusters by input do not beat it. If the input determines the label, as it does the family in
       facts, whole inputs swap labels.
-    - `regrouped`, for `task`, given labels `distribution`: whole regexes move between tasks, so that clusters
+    - `regrouped`, for `task`, given labels `regex`: whole regexes move between tasks, so that clusters
       by regex do not beat it. Given `input`, N_NULL draws are made anew for each input and N_NULL once for
       all inputs, and a score must beat both.
     With few regexes (fewer than 4 tasks x 3) draws are often the true grouping, and no score can beat them.
@@ -509,8 +510,8 @@ def score_states(states, labels, steps, seed=0, overlaps={}):
         units = inputs if fixed and identity != "input" else np.arange(N)
         nulls = {"null": deal(classes, units, within, seed)}
         if identity == "task":
-            if "distribution" in ids:
-                parts = ids["distribution"] * N + classes       # (regex, task): of one task, unless shuffled
+            if "regex" in ids:
+                parts = ids["regex"] * N + classes       # (regex, task): of one task, unless shuffled
                 cells = inputs if fixed else parts * N + inputs         # (regex, task, input)
                 nulls["regrouped"] = deal(classes, cells, within, seed)
                 if "input" in ids:                              # also draw once for all inputs
@@ -539,19 +540,19 @@ def score_neighbours(states, labels, known, known_labels, steps):
 
     knn_LABEL: share of states whose neighbours' most frequent label (if tied, the lowest) is right.
     knn_share: share of neighbours with the right label. knn_share_other: the same, skipping neighbours of the
-    state's own regex, if there are labels `distribution`.
+    state's own regex, if there are labels `regex`.
     Labels are whole numbers that mean the same for both. The null permutes those of known, within each input.
     Returns rows; none if known may hold too few states of other regexes, or has another width or depth.
     """
     M = known.shape[2]
     rows = []
-    regex = known_labels.get("distribution", np.arange(M))
+    regex = known_labels.get("regex", np.arange(M))
     k = NEIGHBOURS + max(Counter(regex).values())               # enough, even without those of one regex
     if k > M or known.shape[1::2] != states.shape[1::2]:        # layers and width
         return rows
     near = np.array([[knn(*layer, k).cpu() for layer in zip(*some)]
                      for some in zip(known, states)])           # (S, L + 1, N, k)
-    own_regex = regex[near] == labels.get("distribution", np.full(1, -1))[:, None]
+    own_regex = regex[near] == labels.get("regex", np.full(1, -1))[:, None]
     others_first = np.argsort(own_regex, -1, kind="stable")     # False < True; ties stay nearest first
     others = np.take_along_axis(near, others_first, -1)[..., :NEIGHBOURS]
     near = near[..., :NEIGHBOURS]
@@ -608,17 +609,12 @@ def surface(texts):
     return dict(zip(texts, counts))
 
 
-def kept_steps(folder):
-    """The steps with a capture in the folder, in ascending order."""
-    return sorted(int(path.stem) for path in Path(folder).glob("states/[0-9][0-9][0-9][0-9][0-9][0-9].npz"))
-
-
 def read_labels(folder):
     """Read labels.npz: "split/position" -> identity -> labels (N,).
 
     For a run, labels are computed anew, so as to include identities added since. All but `text` are turned
     into whole numbers. The first position of a split that has `text` also becomes position `surface`, a
-    reserved name. Raises ValueError if there is no labels.npz, or if identities differ in their number of
+    reserved name. Raises BadInput if there is no labels.npz, or if identities differ in their number of
     labels.
     """
     path = f"{folder}/states/labels.npz"
@@ -633,8 +629,8 @@ def read_labels(folder):
         ids = labels.setdefault(where, {})
         ids[identity] = of.astype(str)
         if where.count("/") != 1 or of.shape != (ids[next(iter(ids))].size,) or "/surface/" in name:
-            raise ValueError(f"{path}: {name} must be named split/position/identity and hold one label per "
-                             "state, as many as the other identities at that position")
+            raise BadInput(f"{path}: {name} must be named split/position/identity and hold one label per "
+                           "state, as many as the other identities at that position")
         if identity == "text":
             labels.setdefault(f"{where.split('/')[0]}/surface", ids)
         else:                               # one numbering for all splits, so that they can be compared
@@ -644,14 +640,22 @@ def read_labels(folder):
 
 
 def read_states(folder, steps, name, n):
-    """The states (S, L + 1, n, C) stored as `name`, e.g. val/answer. Raises ValueError if they do not fit."""
-    with reading(f"{folder}/states", f"every capture must hold {name}: finite numbers, layers x {n} (as many "
-                 "as labels) x width, the same at every step; name captures by six digits, 000100.npz"):
-        x = np.stack([read_arrays(capture_path(folder, step))[name] for step in steps])
-        S, L, N, C = x.shape
-        if N != n or not x.size or not np.isfinite(x).all():
-            raise ValueError(x.shape)
-        return torch.from_numpy(x)
+    """The states (S, L + 1, n, C) stored as `name`, e.g. val/answer. Raises BadInput if they do not fit."""
+    captures = []
+    for step in steps:
+        path = capture_path(folder, step)
+        x = read_arrays(path).get(name)
+        if x is None:
+            raise BadInput(f"{path} has no {name}: a position that is new in data.py needs a new run, so train "
+                           "again; in a folder of your own, every capture must hold the same names as labels.npz")
+        if x.dtype.kind != "f" or x.ndim != 3 or x.shape[1] != n or not x.size or not np.isfinite(x).all():
+            raise BadInput(f"{path}: {name} must be finite floats, layers x {n} (as many as labels) x width, "
+                           f"but it has the shape {x.shape} and type {x.dtype}")
+        captures.append(x)
+    if len({x.shape for x in captures}) != 1:
+        raise BadInput(f"{folder}/states: {name} needs at least one capture, and the same shape in all; name "
+                       "captures by six digits, 000100.npz")
+    return torch.from_numpy(np.stack(captures))
 
 
 def probe(folder, views=("raw",)):
@@ -660,7 +664,7 @@ def probe(folder, views=("raw",)):
     Returns rows like those of score_states, plus view, position and split, and writes them to probe.jsonl.
     Position `surface` uses no network: counts of the tokens and bigrams in labels `text`, stored as step 0.
     View `centred` needs labels `input`, `unphrased` needs `phrasing`. Neighbours are from split `subset`.
-    Raises ValueError if a view has nothing to score, or if the folder is damaged.
+    Raises BadInput if a view has nothing to score, or if the folder is damaged.
     """
     steps = kept_steps(folder)
     labels = read_labels(folder)
@@ -695,7 +699,7 @@ def probe(folder, views=("raw",)):
             rows += [{"view": view, "position": position, "split": split, **row}
                      for row in scored]
     if {row["view"] for row in rows} != {*views}:
-        raise ValueError(
+        raise BadInput(
             f"{folder}: labels.npz needs labels to score and, for each view, the one it subtracts: {VIEWS}")
     write_rows(f"{folder}/probe.jsonl", rows)
     print(f"{len(rows):,} scores are in {folder}/probe.jsonl")
@@ -747,7 +751,7 @@ def print_report(rows):
           f"{N_NULL + 1} is better.\n{'layer':36}{''.join(f'{layer:7}' for layer in layers)}")
     for name, cells in table.items():
         print(f"{name:36}{''.join(cells.values())}")
-    missing = {"task", "distribution", "input", "output", "surface", "subset"} - found
+    missing = {"task", "regex", "input", "output", "surface", "subset"} - found
     if missing:
         print(f"Not scored (not in this view, or no labels): {', '.join(sorted(missing))}.")
 
@@ -797,7 +801,7 @@ def patch(run):
 
     Writes and returns the rows of patch.jsonl: layer, position, patch, n, the shares of n answers that equal
     the donor's (`donor`) and the prompt's own (`right`), and `next`, the total probability at <sep> of the
-    inputs of the donor's task. Raises ValueError if the run has no checkpoint, or no prompt has a donor.
+    inputs of the donor's task. Raises BadInput if the run has no checkpoint, or no prompt has a donor.
     """
     data = read_data(run)
     model = load_model(run, data).cpu()
@@ -818,24 +822,22 @@ def patch(run):
     own, donor = own[fits], donor[fits]
     each = range(len(own))
     if not each:
-        raise ValueError("no two prompts have the same input and different answers: nothing to exchange")
+        raise BadInput("no two prompts have the same input and different answers: nothing to exchange")
     expected = contingency(task, numbered(input_token))[task[donor]] > 0        # (n, tokens) of its task
     kept = {name: torch.from_numpy(columns[own]) for name, columns in at.items()}
     shape = len(data.tasks), word.max() + 1
 
     # at each layer, make every exchange and run the rest of the network
     rows = []
-    for layer, states in enumerate(model(torch.from_numpy(val.tokens[:, :-1]))[1]):
+    tokens = torch.from_numpy(val.tokens[:, :-1])
+    for layer, states in enumerate(model(tokens)[1]):
         x = states[own]
         centroids = {}
         for name, columns in kept.items():
             cells = means(x[each, columns], task[own] * shape[1] + word[own], math.prod(shape))
             centroids[name] = cells.unflatten(0, shape)[task[[own, donor]]]     # (2, n, inputs, C)
         for (position, name), (here, new) in exchanges(x, states[donor], centroids, kept).items():
-            z = new.where(here, x)
-            for block in model.blocks[layer:]:
-                z = block(z)
-            logits = model.head(z)
+            logits, _ = model.run_from(layer, new.where(here, x), tokens[own])
             answer = logits[each, kept["answer"]].argmax(1).numpy()
             p = logits[each, kept["instruction"]].softmax(1).numpy()
             rows.append({"layer": layer, "position": position, "patch": name, "n": len(each),

@@ -18,11 +18,13 @@ from dataclasses import dataclass
 
 sys.path.append(f"{sys.path[0]}/..")
 
-from data import DataConfig, Flags, command_line, make_dataset
-from train import make_labels, write_arrays, write_rows
+from runs import Flags, command_line, write_arrays, write_rows
 
 import numpy as np
 import torch
+
+from data import DataConfig, make_dataset
+from train import make_labels
 
 
 @dataclass
@@ -90,8 +92,8 @@ def write_folder(cfg, network, make_prompt):
     states = states.swapaxes(0, 1)
 
     ids = val.identities                    # what is added here, make_labels includes
-    first = ids["distribution"][np.unique(ids["task"], return_index=True)[1]]   # first regex of each
-    ids["phrasing"] = ids["distribution"] - first[ids["task"]]
+    first = ids["regex"][np.unique(ids["task"], return_index=True)[1]]   # first regex of each
+    ids["phrasing"] = ids["regex"] - first[ids["task"]]
     labels = {name: of for name, of in make_labels(data).items() if "val/" in name}
     write_arrays(f"{cfg.out}/states/labels.npz", labels)
     write_arrays(f"{cfg.out}/states/000000.npz", {

@@ -12,8 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from data import make_dataset
-from train import CAPTURED, Config, capture_steps, make_targets, pick_batch
+from runs import command_line
 
 import numpy as np
 import torch
@@ -23,8 +22,11 @@ from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score, nor
 from sklearn.metrics.cluster import pair_confusion_matrix
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from data import OUTPUT, make_dataset
+from train import CAPTURED, Config, capture_steps, pick_batch
+
 EPOCHS = 40
-IDENTITIES = {"task", "distribution", "input", "output"}
+IDENTITIES = {"task", "regex", "input", "output"}
 warnings.simplefilter("ignore")         # k-means warns about layer 0, where all points coincide
 
 
@@ -54,7 +56,7 @@ def capture(network, data):
         out = network(torch.from_numpy(split.tokens), output_hidden_states=True)
         states[name] = torch.stack(out.hidden_states).half().numpy()
         if name == "val":
-            right = (out.logits[:, :-1].argmax(-1).numpy() == split.tokens[:, 1:]) | ~split.is_output[:, 1:]
+            right = (out.logits[:, :-1].argmax(-1).numpy() == split.tokens[:, 1:]) | (split.part[:, 1:] != OUTPUT)
     return states, right.all(1).mean()
 
 
@@ -62,7 +64,7 @@ def main():
     """Train, capture, cluster, score."""
     cfg = Config()
     data = make_dataset(cfg)
-    tokens, targets = make_targets(cfg, data.splits["train"], "cpu")
+    tokens = torch.from_numpy(data.splits["train"].tokens)
     cfg.steps = EPOCHS * (len(tokens) // cfg.batch_size)
     network = make_gpt2(cfg, len(data.vocabulary), tokens.shape[1])
     optimizer = torch.optim.AdamW(network.parameters(), 1e-3)
@@ -73,7 +75,7 @@ def main():
             captures.append(states)
         batch = pick_batch(cfg, len(tokens), step)
         logits = network(tokens[batch, :-1]).logits
-        loss = F.cross_entropy(logits.flatten(0, 1), targets[batch, 1:].flatten())
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens[batch, 1:].flatten(), ignore_index=0)    # <pad>
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -81,7 +83,7 @@ def main():
     for states in captures:
         for name in CAPTURED:
             split = data.splits[name]
-            for position, (rows, columns) in split.positions.items():
+            for position, (rows, columns, _) in split.positions.items():
                 labels = split.labels(position)
                 for identity in IDENTITIES & labels.keys():
                     classes = labels[identity]
@@ -92,4 +94,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)

@@ -20,8 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from apply import spread
-from data import Flags, command_line, write
+from runs import BadInput, Flags, command_line, spread, write
+
 from table import ABOUT
 
 NUMBER = r"(?:(?:-?[\d./]+|-)(?:, [\d.-]+)*(?: ± [\d.]+)?(?: \([^()]*\))?|\?)"
@@ -46,21 +46,22 @@ def read_table(path):
 def show(row, stat):
     """A row as text: mean ± standard deviation over seeds (left out if 0.00), or what `stat` asks for."""
     values = [float(row[key]) if row[key] else None for key in row if key.startswith("seed ")]
-    mean = spread(values).removesuffix(" ± 0.00")
+    digits = 2 if None in values or max(values) <= 2 else 0             # shares, or counts
+    mean = spread(values, digits).removesuffix(" ± 0.00")
     null = row["regrouped_95"] or row["null_95"]
     null = f"{float(null):.2f}" if null else "-"
     beyond = f"{row['beyond']}/{sum(value is not None for value in values)}"
     each = ", ".join("-" if value is None else f"{value:.3g}" for value in values)
     shown = {None: mean, "null": null, "beyond": beyond, "all": f"{mean} ({null}; {beyond})", "seeds": each}
     if stat not in shown:
-        raise ValueError(f"'; {stat}' is in a comment, it must be one of {', '.join(filter(None, shown))}")
+        raise BadInput(f"'; {stat}' is in a comment, it must be one of {', '.join(filter(None, shown))}")
     return shown[stat]
 
 
 def fill(text, *folders):
     """Return the text with its numbers taken from FOLDER/*/numbers.csv.
 
-    If several folders have a study, the last one counts. Raises ValueError for a number that no table has.
+    If several folders have a study, the last one counts. Raises BadInput for a number that no table has.
     """
     tables = {}
     for folder in folders:
@@ -70,7 +71,7 @@ def fill(text, *folders):
     def look_up(study, name, stat, header=""):
         study, name = study.replace("*", header), name.replace("*", header)
         if name not in tables.get(study, {}):
-            raise ValueError(f"{study}/numbers.csv has no row {name!r}")
+            raise BadInput(f"{study}/numbers.csv has no row {name!r}")
         return show(tables[study][name], stat)
 
     lines = []
@@ -106,7 +107,7 @@ def main():
     if given.numbers:
         folders.append(given.numbers)
     if not [*Path(folders[-1]).glob("*/numbers.csv")]:
-        raise ValueError(f"{folders[-1]}: no STUDY/numbers.csv in it, make results writes them")
+        raise BadInput(f"{folders[-1]}: no STUDY/numbers.csv in it, make results writes them")
     write(given.out or text, fill(text.read_text(encoding="utf-8"), *folders))
     print(f"{given.out or text} now has its numbers from {' and '.join(map(str, folders))}")
 

@@ -12,11 +12,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from runs import Flags, as_rows, command_line, print_table, read_rows, select, write_rows
+
 import plot
-from apply import as_rows, print_table, run_arm, select, step_to
-from data import Flags, command_line
+from apply import run_arm, step_to
 from probe import probe
-from train import Config, read_rows, write_rows
+from train import Config
 
 SIZES = {16: dict(steps=500, batch_size=48),
          32: dict(steps=800, batch_size=64),
@@ -67,7 +68,9 @@ def main():
     rows = [row for n_tasks, knobs in SIZES.items() for seed in dict.fromkeys(given.seeds)
             for row in run_size(given.out, seed, n_tasks, knobs)]
     write_rows(f"{given.out}/scale.jsonl", rows)
-    print_table("By number of tasks", [{**row, "arm": row["measure"]} for row in rows], "n_tasks")
+    lines = [{**row, "arm": row["measure"]} for row in rows]
+    print_table("By number of tasks", [row for row in lines if row["arm"] != "steps to 0.9"], "n_tasks")
+    print_table("Training", select(lines, arm="steps to 0.9"), "n_tasks", digits=0)
     if plot.matplotlib:                     # make scale installs it
         with plot.own_style():
             draw(rows).savefig(f"{given.out}/scale.png", dpi=130)

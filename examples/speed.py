@@ -13,15 +13,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from apply import as_rows, print_table, select
-from data import Flags, command_line, make_dataset
-from peer import make_gpt2
-from probe import kmeans, read_states
-from train import Config, make_model, make_targets, write_rows
+from runs import BadInput, Flags, as_rows, command_line, print_table, select, write_rows
 
 import torch
 import torch.nn.functional as F
 from sklearn.cluster import KMeans
+
+from data import make_dataset
+from peer import make_gpt2
+from probe import kmeans, read_states
+from train import Config, make_model
 
 HERE = Path(__file__).parents[1]
 JOB = "{python} train.py --out {out} && {python} probe.py {out}"
@@ -38,18 +39,18 @@ def run(command, where, **names):
     done = subprocess.run(command.format(python=sys.executable, **names), shell=True, cwd=where,
                           stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        raise ValueError(f"in {where}, this command failed, see above: {command}")
+        raise BadInput(f"in {where}, this command failed, see above: {command}")
     return time.perf_counter() - begun, done.stdout
 
 
-def time_steps(network, logits_of, tokens, targets):
+def time_steps(network, logits_of, tokens):
     """Median milliseconds of a training step: forward, backward, AdamW."""
     optimizer = torch.optim.AdamW(network.parameters(), 1e-3, fused=True)
     times = []
     for _ in range(60):
         begun = time.perf_counter()
         logits = logits_of(network(tokens[:, :-1]))
-        F.cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten()).backward()
+        F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), ignore_index=0).backward()
         optimizer.step()
         optimizer.zero_grad()
         times.append(1000 * (time.perf_counter() - begun))
@@ -76,7 +77,7 @@ def main():
     out = Path(given.out).absolute()
     cfg = Config()
     data = make_dataset(cfg)
-    tokens, targets = (x[:cfg.batch_size] for x in make_targets(cfg, data.splits["train"], "cpu"))
+    tokens = torch.from_numpy(data.splits["train"].tokens[:cfg.batch_size])
     gpt2 = make_gpt2(cfg, len(data.vocabulary), tokens.shape[1])
     rows, memory = [], []
     for seed in range(3):
@@ -84,8 +85,8 @@ def main():
         job = {"this project": run(JOB, HERE, out=name)[0],
                "first edition": run(JOB, given.first, out=f"{name}-first")[0],
                "libraries": run("{python} examples/peer.py", HERE)[0]}
-        step = {"this project": time_steps(make_model(cfg, data), lambda out: out[0], tokens, targets),
-                "libraries": time_steps(gpt2, lambda out: out.logits, tokens, targets)}
+        step = {"this project": time_steps(make_model(cfg, data), lambda out: out[0], tokens),
+                "libraries": time_steps(gpt2, lambda out: out.logits, tokens)}
         x = read_states(name, [cfg.steps], "val/answer", len(data.splits["val"].instances))[0, 1:].float()
         clustering, inertia = time_kmeans(x, 16, seed)
         for measure, times in ("default run, s", job), ("step, ms", step), ("k-means, s", clustering):

@@ -17,12 +17,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from data import Flags, command_line, write
-from plot import read_run
-from probe import is_beyond
-from train import read_config, read_rows
+from runs import BadInput, Flags, command_line, read_rows, read_run, write
 
 import numpy as np
+
+from probe import is_beyond
+from train import read_config
 
 ABOUT = ("arm", "n_tasks", "n_train", "b", "split", "position", "identity", "measure", "view", "patch",
          "layer", "step")
@@ -52,14 +52,14 @@ def main():
         seed = read_config(run).seed if (run / "config.json").exists() else 0
         rows = read_rows(run) if run.suffix == ".jsonl" else read_run(run)
         if not rows:
-            raise ValueError(f"{run}: no numbers here, train and probe it first")
+            raise BadInput(f"{run}: no numbers here, train and probe it first")
         last = max((row["step"] for row in rows if "split" in row), default=0)
         for row in rows:
             by_seed = found[tuple(row.get(key) for key in ABOUT)]
             own = row.get("seed", seed)
             if is_kept(row, last):
                 if own in by_seed:
-                    raise ValueError(f"{run}: another of these runs has seed {own}, too")
+                    raise BadInput(f"{run}: another of these runs has seed {own}, too")
                 by_seed[own] = row
     found = {about: by_seed for about, by_seed in found.items() if by_seed}
     seeds = sorted({seed for by_seed in found.values() for seed in by_seed})
