@@ -42,8 +42,7 @@ import random
 from pathlib import Path
 from typing import NamedTuple
 
-from runs import (Flags, as_rows, command_line, pick_device, print_table, read_rows, seeded, select,
-                  write_rows)
+from runs import Flags, as_rows, command_line, pick_device, print_table, read_rows, select, write_rows
 
 import numpy as np
 import torch
@@ -285,8 +284,7 @@ def align(out, seeds, small):
         # cluster instructions by states, by states of an untrained network, and by counts of letters
         base = load_model(case.run, case.data)
         right = observe(base, splits["val"])[0]
-        with seeded(f"{seed}/weights"):
-            other = make_model(cfg, case.data).to(pick_device())
+        other = make_model(cfg, case.data).to(pick_device())
         trained, untrained = ({name: torch.from_numpy(observe(model, split)[1]["instruction"]).double()
                                for name, split in splits.items()} for model in (base, other))
         texts = {name: [split.instances[i].instruction for i in split.positions["instruction"][0]]

@@ -98,7 +98,7 @@ class Regex:
     def _branch(self, tree):
         """Turn a tree of Python's parser into a branch: a tuple of items (what, least, most).
 
-        `what` is repeated least to most times. A tuple is one of its characters, a frozenset one of its branches:
+        `what` is read least to most times. A tuple is any of its characters, a frozenset any of its branches:
         `[ab]c?` is the branch ((("a", "b"), 1, 1), (("c",), 0, 1)).
         """
         items = []

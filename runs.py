@@ -3,7 +3,6 @@
 Every file imports this one first, because torch reads the setting below when it is imported.
 """
 import argparse
-import atexit
 import contextlib
 import dataclasses
 import inspect
@@ -202,16 +201,6 @@ def pick_device():
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cpu")
-
-
-def start_processes():
-    """The rank of this process and the number of processes: 0 and 1 unless torchrun started several."""
-    import torch.distributed as dist
-    if not dist.is_torchelastic_launched():
-        return 0, 1
-    dist.init_process_group()
-    atexit.register(dist.destroy_process_group)
-    return dist.get_rank(), dist.get_world_size()
 
 
 def write_tensors(path, content):

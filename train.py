@@ -4,7 +4,6 @@
     python train.py --preset quick                    a smaller run, into runs/quick; also: facts, large
     python train.py --tasks mine.json --n-layer 6     your own tasks, any setting (see --help)
     python train.py --resume                          continue a stopped run from its last evaluation
-    torchrun --standalone --nproc_per_node=2 train.py     two processes split every batch; one writes files
 
 This records the loss and accuracies of the paper's figure 3, and the captures that probe.py scores for its
 figures 2 and 4. The paper gives neither sizes nor an optimiser. We use Muon for the blocks' matrices, as it
@@ -17,8 +16,8 @@ from collections import defaultdict
 from pathlib import Path
 
 from runs import (BadInput, Flags, capture_path, check, command_line, kept_steps, make_generator, pick_device,
-                  read_arrays, read_json, read_tensors, reading, seeded, start_processes, write_arrays,
-                  write_json, write_rows, write_tensors)
+                  read_arrays, read_json, read_tensors, reading, seeded, write_arrays, write_json, write_rows,
+                  write_tensors)
 
 import numpy as np
 import torch
@@ -67,10 +66,10 @@ CAPTURED = "subset", "val", "ood"       # splits whose states are saved; for `pa
 
 
 def make_model(cfg, data):
-    """A GPT sized for the data."""
-    # the last token of a row is only ever a target
-    return GPT(ModelConfig(len(data.vocabulary), data.splits["train"].tokens.shape[1] - 1,
-                           cfg.n_layer, cfg.n_head, cfg.n_embd))
+    """A GPT sized for the data, with initial weights drawn from cfg.seed."""
+    length = data.splits["train"].tokens.shape[1] - 1       # the last token of a row is only ever a target
+    with seeded(f"{cfg.seed}/weights"):
+        return GPT(ModelConfig(len(data.vocabulary), length, cfg.n_layer, cfg.n_head, cfg.n_embd))
 
 
 # ---------------------------------------------------------------- training
@@ -79,10 +78,9 @@ def make_model(cfg, data):
 def train(cfg, resume=False, data=None, make=make_model):
     """Train as cfg says, or resume the run in cfg.out; return that folder, whose files README.md describes.
 
-    `data`, a data.Dataset with train, subset, val and ood, replaces the data cfg describes. make(cfg, data)
-    returns the network: any causal module that turns tokens (B, T) into logits (B, T, V) and a list of L + 1
-    states (B, T, C). To resume, pass both again. Raises BadInput before writing anything if settings are
-    impossible, the folder is in use or the network reads ahead, and later if states become nan or infinite.
+    `data`, a data.Dataset with train, subset, val and ood, replaces the data of cfg. make(cfg, data) returns
+    the network, any causal module: tokens (B, T) -> logits (B, T, V) and L + 1 states (B, T, C). Pass both
+    again to resume. Raises BadInput, before it writes anything, if settings or the network do not work.
     """
     check(cfg)
     check_folder(cfg, resume)
@@ -91,43 +89,35 @@ def train(cfg, resume=False, data=None, make=make_model):
         data = read_data(cfg.out, data)         # checks that the data are still the same
     elif data is None:
         data = make_dataset(cfg)
-    with seeded(f"{cfg.seed}/weights"):
-        model = make(cfg, data).to(device)
     tokens, weights = make_targets(cfg, data.splits["train"], device)
-    check_causal(model, tokens[:8, :-1])
+    with seeded(f"{cfg.seed}/weights"):         # a network of your own may draw weights when first called
+        model = make(cfg, data).to(device)
+        check_causal(model, tokens[:8, :-1])
     optimizers = make_optimizers(model, cfg)
-    rank, world = start_processes()         # waits until all have checked the folder; then one writes
-    rows = []
+    rows = load_checkpoint(cfg.out, model, data, optimizers) if resume else []
+    last = rows[-1] if rows else {"step": 0, "seconds": 0}      # a step to repeat: its update was not saved
     if resume:
-        rows = load_checkpoint(cfg.out, model, data, optimizers)
-    elif cfg.start:
-        init_from(cfg.start, model, data)
-    # a resumed run repeats the last step it evaluated, whose update was not saved
-    last = rows[-1] if rows else {"step": 0, "seconds": 0}
-    if rank == 0 and resume:
         print(f"resuming {cfg.out} at step {last['step']}")
-    elif rank == 0:
+    else:
+        if cfg.start:
+            init_from(cfg.start, model, data)
         create_run(cfg, data, model, optimizers)
+    autocast = torch.autocast(device.type, torch.bfloat16, device.type == "cuda")        # not on CPU
     due = capture_steps(cfg)[len(rows):]        # steps still to be evaluated
     begun = time.perf_counter() - last["seconds"]
-    # with several processes, the average of their gradients is taken
-    network = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
     for step in range(last["step"], cfg.steps + 1):
-        # forward and backward: the weighted mean loss over the tokens of the whole batch
+        # forward and backward: the weighted mean loss over the tokens of the batch
         model.train()
         batch = pick_batch(cfg, len(tokens), step)
-        mine = batch[rank::world]                       # this process's share
-        with seeded(f"{cfg.seed}/step/{step}/{rank}"), torch.autocast(
-                device.type, torch.bfloat16, device.type == "cuda"):        # not on CPU
-            logits, _ = network(tokens[mine, :-1])                                  # (B, T - 1, V)
-            losses = F.cross_entropy(logits.flatten(0, 1), tokens[mine, 1:].flatten(), reduction="none")
-        loss = losses @ weights[mine, 1:].flatten() / weights[batch, 1:].sum()
-        (world * loss).backward()                       # so that the average is the sum over the whole batch
+        x, y, w = tokens[batch, :-1], tokens[batch, 1:], weights[batch, 1:]         # (B, T - 1) each
+        with autocast, seeded(f"{cfg.seed}/step/{step}"):       # seeded for networks with dropout
+            logits, _ = model(x)                                                    # (B, T - 1, V)
+            losses = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none")
+        loss = losses @ w.flatten() / w.sum()
+        loss.backward()
 
         # every so often, evaluate and save
-        if world > 1:
-            torch.distributed.all_reduce(loss.detach_())            # the sum over processes
-        if rank == 0 and step in due:
+        if step in due:
             accuracies, states = evaluate(model, data)
             write_arrays(capture_path(cfg.out, step), states)
             rows.append({"step": step, "loss": round(loss.item(), 4), **accuracies,
@@ -143,8 +133,7 @@ def train(cfg, resume=False, data=None, make=make_model):
                 group["lr"] = peak * schedule(step, cfg)
             optimizer.step()
             optimizer.zero_grad()
-    if rank == 0:
-        print(f"done; next: python probe.py {shlex.quote(cfg.out)}")
+    print(f"done; next: python probe.py {shlex.quote(cfg.out)}")
     return Path(cfg.out)
 
 
@@ -331,12 +320,9 @@ def load_checkpoint(run, model, data, optimizers=()):
     return rows
 
 
-def load_model(run, data):
-    """The network of a run, with its last saved weights. Raises BadInput if they cannot be loaded.
-
-    For a network of your own, call make and load_checkpoint.
-    """
-    model = make_model(read_config(run), data).to(pick_device())
+def load_model(run, data, make=make_model):
+    """The network of a run, with its last saved weights. Raises BadInput if they cannot be loaded."""
+    model = make(read_config(run), data).to(pick_device())
     load_checkpoint(run, model, data)
     return model
 
