@@ -1312,7 +1312,7 @@ CHANGED = r"^[-+](?![-+]{2})(.*)"           # a changed line of a diff
 @mark.parametrize("title, said", [
     ("Another identity", "instruction letter f1"),
     ("Another measure", "instruction task fm"),
-    ("Another position", "input_end task f1"),
+    ("Another position", "input task f1"),
     ("Another block", "instruction task f1"),
     ("Other tasks", "instruction task f1"),
     ("States of any model", "last task f1")])
@@ -1385,7 +1385,7 @@ BAD_TASKS = r"""
 "puppy"                 7               task young: every output and every regex must be text
 "puppy"                 " "             task young: an input or output is blank
 "puppy"                 "\ud800"        task young: it has half a character
-"regexes"               "distributions" "regexes" (not "distributions")
+"regexes"               "distributions"  "regexes" (not "distributions")
 "cow": "calf"           "dog": "calf"   a key is there twice
 "sound", "map"          "young", "map"  task young: another task has this name
 (What|Which) (word      (What (word     task young: '(What (word
