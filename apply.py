@@ -131,8 +131,9 @@ def print_pretrain(out, rows):
         ends = select(rows, n_train=n, step=None)
         levels = "step to 0.5", "step to 0.9"
         steps = [row for row in ends if row["measure"] in levels]
-        print_table(f"Fine-tuned on the tasks, {n} training instructions per regex", steps, "measure", digits=0)
-        print_table("Accuracy", select(ends, measure="val at the end"), "measure")
+        title = f"Fine-tuned on the tasks, {n} training instructions per regex"
+        print_table(f"{title}: steps until accuracy on val", steps, "measure", digits=0)
+        print_table(f"{title}: accuracy", select(ends, measure="val at the end"), "measure")
         for level in levels:
             steps = select(ends, measure=level)
             wins = (f"{other} in {count_wins(steps, other, 'task_id')}"

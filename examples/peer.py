@@ -56,7 +56,8 @@ def capture(network, data):
         out = network(torch.from_numpy(split.tokens), output_hidden_states=True)
         states[name] = torch.stack(out.hidden_states).half().numpy()
         if name == "val":
-            right = (out.logits[:, :-1].argmax(-1).numpy() == split.tokens[:, 1:]) | (split.part[:, 1:] != OUTPUT)
+            guesses = out.logits[:, :-1].argmax(-1).numpy()
+            right = (guesses == split.tokens[:, 1:]) | (split.part[:, 1:] != OUTPUT)
     return states, right.all(1).mean()
 
 
