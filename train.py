@@ -78,9 +78,9 @@ def make_model(cfg, data):
 def train(cfg, resume=False, data=None, make=make_model):
     """Train as cfg says, or resume the run in cfg.out; return that folder, whose files README.md describes.
 
-    `data`, a data.Dataset with train, subset, val and ood, replaces the data of cfg. make(cfg, data) returns
-    the network, any causal module: tokens (B, T) -> logits (B, T, V) and L + 1 states (B, T, C). Pass both
-    again to resume. Raises BadInput, before it writes anything, if settings or the network do not work.
+    `data`, a data.Dataset, replaces the data of cfg. make(cfg, data) returns the network, any causal module:
+    tokens (B, T) -> logits (B, T, V) and L + 1 states (B, T, C). To resume, pass both again. Raises BadInput,
+    before anything is written, for settings and networks that do not work.
     """
     check(cfg)
     check_folder(cfg, resume)
@@ -105,9 +105,9 @@ def train(cfg, resume=False, data=None, make=make_model):
     autocast = torch.autocast(device.type, torch.bfloat16, device.type == "cuda")        # not on CPU
     due = capture_steps(cfg)[len(rows):]        # steps still to be evaluated
     begun = time.perf_counter() - last["seconds"]
+    model.train()
     for step in range(last["step"], cfg.steps + 1):
         # forward and backward: the weighted mean loss over the tokens of the batch
-        model.train()
         batch = pick_batch(cfg, len(tokens), step)
         x, y, w = tokens[batch, :-1], tokens[batch, 1:], weights[batch, 1:]         # (B, T - 1) each
         with autocast, seeded(f"{cfg.seed}/step/{step}"):       # seeded for networks with dropout
@@ -119,6 +119,7 @@ def train(cfg, resume=False, data=None, make=make_model):
         # every so often, evaluate and save
         if step in due:
             accuracies, states = evaluate(model, data)
+            model.train()
             write_arrays(capture_path(cfg.out, step), states)
             rows.append({"step": step, "loss": round(loss.item(), 4), **accuracies,
                          "seconds": round(time.perf_counter() - begun, 1)})
@@ -240,12 +241,13 @@ def observe(model, split):
         layers = torch.stack(layers).cpu().numpy()                      # (L + 1, B, T - 1, C)
         for position, spans in split.positions.items():
             here = (start <= spans[0]) & (spans[0] < start + 256)       # those in this batch
-            for row, first, last in np.stack(spans)[:, here].T:
+            for row, first, last in np.stack(spans)[:, here].T.tolist():
                 x = layers[:, row - start, first:last + 1]
-                states[position].append(x[:, 0] if first == last else x.mean(1))
+                states[position].append(x[:, 0].copy() if first == last else x.mean(1))
     # (N, T - 1)
     right = (torch.cat(guesses).numpy() == split.tokens[:, 1:]) | (split.part[:, 1:] != OUTPUT)
-    return right.all(1), {position: np.stack(x, 1).astype(np.float16) for position, x in states.items()}
+    return right.all(1), {
+        position: torch.from_numpy(np.stack(x, 1)).half().numpy() for position, x in states.items()}
 
 
 def evaluate(model, data):
