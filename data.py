@@ -32,7 +32,8 @@ import numpy as np
 PRINTABLE = frozenset(map(chr, range(0x20, 0x7F)))
 CATEGORIES = {"CATEGORY_DIGIT": r"\d", "CATEGORY_SPACE": r"\s", "CATEGORY_WORD": r"\w",
               "CATEGORY_NOT_DIGIT": r"\D", "CATEGORY_NOT_SPACE": r"\S", "CATEGORY_NOT_WORD": r"\W"}
-REFUSED = {     # what Python's parser reads but we cannot count (the first word of its name), and what to do
+# What we cannot count, by the first word of its name in Python's parser, and what to write instead.
+REFUSED = {
     "AT": "an anchor: drop it (the whole string is always matched), or escape ^ and $",
     "ASSERT": "a look-ahead or look-behind: write out the strings it allows",
     "FAILURE": "an empty look-ahead, which nothing passes: leave out this alternative",
@@ -40,9 +41,9 @@ REFUSED = {     # what Python's parser reads but we cannot count (the first word
     "ATOMIC": "an atomic group: write (?: ), which may match more strings",
     "POSSESSIVE": "a possessive repetition: drop its second +, which may match more strings"}
 FLAGS = "a flag such as (?i): drop it, and write [aA] to match both cases"
-END = (("",), 1, 1)         # an item that reads the end of a string, as if it were the character ""
-DONE = frozenset([()])      # the state after it: nothing is left to read
-MAX_WORK = 1_200_000     # steps to build one Regex: one to two seconds
+END = (("",), 1, 1)         # the item (see Regex) that reads the end of a string, as if it were a character
+DONE = frozenset([()])      # the state after END: nothing is left to read
+MAX_WORK = 1_200_000        # units of work to build one Regex: one to two seconds
 
 
 class Regex:
@@ -54,32 +55,34 @@ class Regex:
 
     Python's own parser reads the pattern. `.`, negated classes, `\\d \\w \\s` and their complements cover
     printable ASCII (0x20 to 0x7e) only. A tuple of patterns stands for the union of their languages. Raises
-    BadInput for what Python cannot read, for what REFUSED lists, and if counting takes too long.
+    BadInput for what Python cannot read, for flags and what REFUSED lists, and if counting takes too long.
+
+    A branch is one way to go on: a tuple of items that are still to be read (see `_branch`). A state of the
+    automaton is the set of branches that a string may be in (subset construction, Rabin & Scott 1959).
     """
 
     def __init__(self, pattern, max_len=64):
         self.pattern, self.max_len = pattern, max_len
         self._work = 0
         self._edges_of = {}                     # state -> its edges
-        # a state is a set of branches, the alternatives for the rest of the string (subset construction,
-        # Rabin & Scott 1959)
         patterns = pattern if isinstance(pattern, tuple) else [pattern]
         self._start = frozenset((*self._parse(text), END) for text in patterns)
-        levels = [{self._start}]                # levels[n]: the states reachable by reading n characters
+        levels = [{self._start}]                # levels[n]: the states after n characters, END counted as one
         while levels[-1] and len(levels) < max_len + 2:         # max_len characters and the end
             levels.append({target for state in levels[-1] for target in self._edges(state)})
             self._spend(len(levels[-1]))
-        self._ways = [{}]       # in the end, _ways[n][state]: in how many ways to go on after n characters
-        for level in reversed(levels):          # from the end back to the first character
+        # built from the end: _ways[n][state], the number of ways to finish a string after n characters
+        self._ways = [{}]
+        for level in reversed(levels):
             after = self._ways[0]               # the counts one character later
             ways = {}
             for state in level:
                 edges = self._edges(state)
                 ways[state] = sum(len(chars) * after.get(target, 0) for target, chars in edges.items())
                 self._spend(len(edges))
-            ways[DONE] = 1
+            ways[DONE] = 1                      # nothing is left to read: one way
             self._ways.insert(0, ways)
-        self.count = ways[self._start]
+        self.count = ways[self._start]          # the last `ways` is that of level 0
 
     def _spend(self, steps):
         self._work += steps
@@ -98,8 +101,9 @@ class Regex:
     def _branch(self, tree):
         """Turn a tree of Python's parser into a branch: a tuple of items (what, least, most).
 
-        `what` is read least to most times. A tuple is any of its characters, a frozenset any of its branches:
-        `[ab]c?` is the branch ((("a", "b"), 1, 1), (("c",), 0, 1)).
+        `what` is a tuple of characters, to read one of them once, or a frozenset of branches, to read one of
+        them at least `least` and at most `most` times. `[ab]c?` is the branch
+        ((("a", "b"), 1, 1), (frozenset({((("c",), 1, 1),)}), 0, 1)).
         """
         items = []
         for op, value in tree:
@@ -120,7 +124,7 @@ class Regex:
             if most > self.max_len:
                 most = math.inf
             if isinstance(what, frozenset) and _may_be_empty(what):
-                least = 0       # skipping it stands for matching nothing, so each round reads a character
+                least = 0       # a round that reads nothing is skipped instead, so each round reads something
             if most > 0:
                 items.append((what, least, most))
         return tuple(items)
@@ -149,19 +153,19 @@ class Regex:
     def _edges(self, state):
         """The edges of a state: next state -> the characters that lead there."""
         if state not in self._edges_of:
-            left_after = defaultdict(set)               # character -> branches that are left to read
+            rests = defaultdict(set)                    # character -> the rests of branches after it
             for branch in state:
-                for chars, left in self._steps(branch):
-                    self._spend(len(chars) * (1 + len(left) // 50))           # long branches cost more
+                for chars, rest in self._steps(branch):
+                    self._spend(len(chars) * (1 + len(rest) // 50))         # long branches cost more
                     for c in chars:
-                        left_after[c].add(left)
+                        rests[c].add(rest)
             edges = self._edges_of[state] = defaultdict(list)
-            for c in sorted(left_after):
-                edges[frozenset(left_after[c])].append(c)
+            for c in sorted(rests):
+                edges[frozenset(rests[c])].append(c)
         return self._edges_of[state]
 
     def _steps(self, branch):
-        """Yield (characters, rest of the branch) for every way to read its first one (Antimirov 1996)."""
+        """Yield (characters, rest of the branch) for each item that may be read first (Antimirov 1996)."""
         for i, (what, least, most) in enumerate(branch):
             self._spend(1)
             rest = branch[i + 1:]
@@ -171,8 +175,8 @@ class Regex:
                 yield what, rest
             else:
                 for inside in what:
-                    for chars, left in self._steps(inside):
-                        yield chars, left + rest
+                    for chars, rest_inside in self._steps(inside):
+                        yield chars, rest_inside + rest
             if least > 0:       # this item must be read before the next
                 return
 
@@ -188,14 +192,16 @@ class Regex:
                 if i < len(chars) * ways[target]:       # the string goes on along this edge
                     break
                 i -= len(chars) * ways[target]
-            which, i = divmod(i, ways[target])          # which character, and which string after it
+            # on the edge that was found: which character, and which string after it
+            which, i = divmod(i, ways[target])
             string += chars[which]
             state = target
         return string
 
     def sample(self, n, rng, unique=True):
         """Draw n strings uniformly, distinct if unique. Raises BadInput if the language has too few."""
-        if not 0 <= n <= (self.count if unique else n * self.count):    # with repeats, one string is enough
+        # n distinct strings need n to draw from; with repeats, one is enough
+        if not 0 <= n <= (self.count if unique else n * self.count):
             raise BadInput(f"{n} strings of at most {self.max_len} characters were asked for, but "
                            f"{self.pattern!r:.60} has only {self.count}: make it more "
                            "general, lower n_train or n_val, or raise max_len")
@@ -212,7 +218,7 @@ def _may_be_empty(branches):
     return any(all(least == 0 for _, least, _ in branch) for branch in branches)
 
 
-compile_regex = lru_cache(maxsize=10_000)(Regex)        # cache: overlap checks and sampling share it
+cached_regex = lru_cache(maxsize=10_000)(Regex)        # cache: overlap checks and sampling share it
 
 
 def find_overlap(patterns, max_len):
@@ -222,7 +228,7 @@ def find_overlap(patterns, max_len):
     if the union is too large to count.
     """
     def overlap(*group):
-        total = sum(compile_regex(pattern, max_len).count for pattern in group)
+        total = sum(cached_regex(pattern, max_len).count for pattern in group)
         return Regex(group, max_len).count < total
 
     if not overlap(*patterns):
@@ -253,12 +259,12 @@ class DataConfig:
     n_train: int = 20               # training instructions per regex
     n_val: int = 10                 # instructions per regex in each of subset, val and ood
     n_asked: int = 8                # inputs per instruction; split `pairs` asks up to as many again
-    asks_for: str = "output"        # what to answer: output; task (its number); nothing: instructions only
+    asks_for: str = "output"        # what to answer: output; task, its number; nothing, without an input
     n_probed: int = 64              # tasks in subset, val, ood and pairs; any others are only trained on
     max_len: int = 128              # maximum length of an instruction, in characters
     shuffle_tasks: bool = False     # give every instruction a random task, which can only be memorised
 
-    # limits of settings, for runs.check; the largest number of one is at_most = {"name": number}
+    # for runs.check: the values a setting may have; another maximum than a million: at_most = {"name": 1}
     choices = {"asks_for": ("output", "task", "nothing")}
 
 
@@ -280,15 +286,15 @@ def random_pattern(rng):
     """
     classes = [f"[{''.join(sorted(rng.sample(ascii_lowercase, 4)))}]{{2}}" for _ in range(2)]
     *choices, one, other = rng.sample(TWO_LETTERS, 5)
-    parts = [one, other, *classes, f"({'|'.join(choices)})"]
-    return "".join(rng.sample(parts, len(parts)))
+    pieces = [one, other, *classes, f"({'|'.join(choices)})"]
+    return "".join(rng.sample(pieces, len(pieces)))
 
 
 def random_maps(cfg, rng):
     """Draw a map for each task, using all inputs and outputs evenly; no two tasks share an input-output pair.
 
     No two tasks have the same set of inputs until all sets are used; with cfg.twins, tasks 0 and 1 share one,
-    2 and 3 another, and so on. Raises BadInput for impossible sizes, or if only one task uses a word.
+    2 and 3 another, and so on. Raises BadInput for impossible sizes, or if fewer than two tasks use a word.
     """
     k = cfg.n_mappings
     if k > min(cfg.n_inputs, cfg.n_outputs):
@@ -297,37 +303,38 @@ def random_maps(cfg, rng):
     outputs = [str(i) for i in range(cfg.n_outputs)]
     maps, uses = [], Counter()
 
-    def least_used(pool, attempt):      # k words; more and more at random, every 500 attempts
+    def least_used(pool, attempt):      # the k words used least; after every 500 attempts, with more noise
         return sorted(pool, key=lambda word: uses[word] + (1 + attempt // 500) * rng.random())[:k]
 
     for t in range(cfg.n_tasks):
-        twin = cfg.twins and t % 2
-        may_repeat = twin or len(maps) >= math.comb(cfg.n_inputs, k)
+        twin = cfg.twins and t % 2      # it has the inputs of the task before it
+        sets = {*map(frozenset, maps)}
+        may_repeat = twin or len(sets) == math.comb(cfg.n_inputs, k)
         for attempt in range(10_000):
             chosen = maps[-1] if twin else sorted(least_used(inputs, attempt))
             mapping = dict(zip(chosen, rng.sample(least_used(outputs, attempt), k)))
             shared = any(mapping.items() & other.items() for other in maps)
-            if not shared and (may_repeat or mapping.keys() not in map(dict.keys, maps)):
+            if not shared and (may_repeat or frozenset(mapping) not in sets):
                 break
         else:
             raise BadInput(f"raise n_outputs ({cfg.n_outputs}): an input needs a new output in each task")
         maps.append(mapping)
         uses.update([*mapping, *mapping.values()])
     if any(uses[word] < 2 for word in inputs + outputs):
-        raise BadInput("an input or output that only one task uses would give it away: lower n_inputs or "
-                       "n_outputs, or raise n_tasks")
+        raise BadInput("fewer than two tasks use some input or output, which would give the task away: lower "
+                       "n_inputs or n_outputs, or raise n_tasks")
     return maps
 
 
 def random_tasks(cfg):
-    """Draw tasks; no two regexes have a string in common. Raises BadInput as `random_maps` does."""
+    """Draw tasks; no two regexes share a string. Raises BadInput as random_maps and find_overlap do."""
     rng = random.Random(f"{cfg.seed}/tasks")
     maps, tasks = random_maps(cfg, rng), []
     patterns = [random_pattern(rng) for _ in range((cfg.n_regexes + 1) * cfg.n_tasks)]
     while overlap := find_overlap(patterns, cfg.max_len):
         patterns[overlap[1]] = random_pattern(rng)
     for t, mapping in enumerate(maps):
-        held_out, *regexes = patterns[t::cfg.n_tasks]
+        held_out, *regexes = patterns[t::cfg.n_tasks]           # task t has patterns t, t + n_tasks, ...
         tasks.append(Task(f"t{t:02d}", mapping, regexes, held_out))
     return tasks
 
@@ -340,7 +347,7 @@ def write_tasks(path, cut_into, tasks):
 def read_tasks(path, max_len):
     """Read a tasks file; return what instructions are cut into ("characters" or "words") and the tasks.
 
-    Raises BadInput if the file cannot be read, or naming the task and what is wrong with it.
+    Raises BadInput if the file cannot be read or a task is wrong; the message names the task.
     """
     spec = read_json(path, "it must be JSON, which writes \\ as \\\\")
     match spec:
@@ -350,7 +357,7 @@ def read_tasks(path, max_len):
             raise BadInput(f'{path} needs "tokens": "characters" or "words", and "tasks": a list, not empty')
     tasks = {}
     for number, entry in enumerate(entries):
-        name = isinstance(entry, dict) and entry.get("name") or number
+        name = isinstance(entry, dict) and entry.get("name") or number      # its number if it has no name
         try:
             task = read_task(entry, max_len)
             if task.name in tasks:
@@ -377,7 +384,7 @@ def read_task(entry, max_len):
             pass
         case _:
             raise BadInput('it needs "name": text, "map": inputs and their outputs, "regexes" (not '
-                           '"distributions"): a list, and "held_out": a regex, none of them empty')
+                           '"distributions"): a list, none of these empty, and "held_out": a regex')
     if re.search("[\ud800-\udfff]", json.dumps(entry, ensure_ascii=False)):
         raise BadInput("it has half a character (a surrogate, U+D800 to U+DFFF): use whole ones")
     if not all(isinstance(text, str) for text in [*mapping.values(), *regexes]):
@@ -386,7 +393,7 @@ def read_task(entry, max_len):
     if not all(map(all, pairs)) or len(dict(pairs)) < len(pairs):
         raise BadInput("an input or output is blank, or two inputs are the same words")
     for pattern in [*regexes, held_out]:
-        compile_regex(pattern, max_len)
+        cached_regex(pattern, max_len)
     return Task(name, dict(pairs), regexes, held_out)
 
 
@@ -421,27 +428,27 @@ class Instance(NamedTuple):
     input: str
     output: str
     task: int
-    regex: int
+    regex: int              # held-out ones are numbered, too
     input_set: int          # index of the first task that has this set of inputs
 
 
 # What instances can be grouped by. To add an identity: IDENTITIES["name"] = a function of an Instance.
 IDENTITIES = {key: attrgetter(key) for key in ("task", "regex", "input", "output", "input_set")}
-IDENTITIES["text"] = attrgetter("instruction")          # not clustered by: probe.py counts its letters
+IDENTITIES["text"] = attrgetter("instruction")          # not to group by: probe.py counts its letters
 
-# What a token belongs to: none; the instruction and <sep>; the input and <ans>; the output and <eos>.
+# The parts of a row: padding; the instruction and <sep>; the input and <ans>; the output and <eos>.
 PADDING, INSTRUCTION, INPUT, OUTPUT = range(4)
 
 
 class Split(NamedTuple):
     """N instances as rows of T tokens, padded on the right; rows with the same instruction are adjacent.
 
-    A position says where n states are read: in ascending rows, each as the mean over a span of columns, first
-    to last. For a single token, both are its column.
+    A position says where n states are read, by three arrays: rows, ascending; first columns; last columns. A
+    state is the mean over its row's columns from first to last. For a single token, the two are the same.
     """
     instances: list
     tokens: np.ndarray          # (N, T) int64
-    part: np.ndarray            # (N, T): what each token belongs to, e.g. INPUT
+    part: np.ndarray            # (N, T): the part each token belongs to, e.g. INPUT
     identities: dict            # name -> (N,) numbers or text
     positions: dict             # name -> (rows, first columns, last columns), (n,) each
 
@@ -474,11 +481,11 @@ def encode(instances, cut_into):
     Instances of one instruction must be adjacent. Raises BadInput if two instructions have the same tokens.
     """
     everything = set().union(*instances.values())
-    strings = {}                # tokens -> instruction
+    seen = {}                   # tokens -> the first instruction with these tokens
     for string in sorted({x.instruction for x in everything}):
-        twin = strings.setdefault(tuple(cut(string, cut_into)), string)
-        if twin != string:
-            raise BadInput(f"{twin!r} and {string!r} are the same tokens: make regexes allow only one")
+        first = seen.setdefault(tuple(cut(string, cut_into)), string)
+        if first != string:
+            raise BadInput(f"{first!r} and {string!r} are the same tokens: make regexes allow only one")
     texts = {x: [*cut(x.instruction, cut_into), SEP, *x.input.split(), ANS, *x.output.split(), EOS]
              for x in everything}
     vocabulary = [*SPECIALS, *sorted(set().union(*texts.values()) - set(SPECIALS))]
@@ -486,18 +493,19 @@ def encode(instances, cut_into):
     width = max(map(len, texts.values()))
     columns = np.arange(width)
     splits = {}
-    for name, examples in instances.items():
-        padded = [texts[x] + [PAD] * (width - len(texts[x])) for x in examples]
-        tokens = np.array([[number[token] for token in text] for text in padded])
+    for name, members in instances.items():
+        padded = [texts[x] + [PAD] * (width - len(texts[x])) for x in members]
+        tokens = np.array([[number[token] for token in row] for row in padded])
         sep = (tokens == number[SEP]).argmax(1)                                 # (N,) columns
         ans = (tokens == number[ANS]).argmax(1)
         part = np.select([tokens == 0, columns <= sep[:, None], columns <= ans[:, None]],
                          [PADDING, INSTRUCTION, INPUT], OUTPUT)
-        identities = {key: np.array([identity(x) for x in examples]) for key, identity in IDENTITIES.items()}
-        starts = np.sort(np.unique([x.instruction for x in examples], return_index=True)[1])
-        splits[name] = Split(examples, tokens, part, identities, {
-            "instruction": (starts, sep[starts], sep[starts]),      # once an instruction, where it starts
-            "answer": (np.arange(len(examples)), ans, ans)})
+        identities = {key: np.array([identity(x) for x in members]) for key, identity in IDENTITIES.items()}
+        # the first row of each instruction
+        starts = np.sort(np.unique([x.instruction for x in members], return_index=True)[1])
+        splits[name] = Split(members, tokens, part, identities, {
+            "instruction": (starts, sep[starts], sep[starts]),
+            "answer": (np.arange(len(members)), ans, ans)})
     return vocabulary, splits
 
 
@@ -517,35 +525,35 @@ def make_dataset(cfg):
     if cfg.n_val > cfg.n_train or most > cfg.n_train * cfg.n_asked:
         raise BadInput(f"n_train is {cfg.n_train}: it must be at least n_val ({cfg.n_val}), and n_train * "
                        f"n_asked at least {most}, the inputs of the largest task")
-    regexes = []                                # (number of its task, pattern, split of its unseen strings)
+    sources = []                                # (number of a task, its regex, split of unseen strings)
     for t, task in enumerate(tasks):
-        regexes += [(t, pattern, "val") for pattern in task.regexes]
-        regexes.append((t, task.held_out, "ood"))
+        sources += [(t, pattern, "val") for pattern in task.regexes]
+        sources.append((t, task.held_out, "ood"))
     instances = defaultdict(list)               # name of a split -> its instances
-    for r, (t, pattern, unseen) in enumerate(regexes):
+    for r, (t, pattern, unseen) in enumerate(sources):
         rng = random.Random(f"{cfg.seed}/instructions/{r}")
         n_train = cfg.n_train if unseen == "val" else 0
-        strings = compile_regex(pattern, cfg.max_len).sample(n_train + cfg.n_val, rng)
-        pairs = {}                              # task -> its input-output pairs, those whose turn it is first
+        strings = cached_regex(pattern, cfg.max_len).sample(n_train + cfg.n_val, rng)
+        queues = {}                             # task -> its input-output pairs, those whose turn it is first
         for i, string in enumerate(strings):
             taught = rng.randrange(len(tasks)) if cfg.shuffle_tasks else t
-            if taught not in pairs:
-                pairs[taught] = [*tasks[taught].map.items()]
-                rng.shuffle(pairs[taught])      # once: the order serves all strings of this regex and task
+            if taught not in queues:            # one queue serves all strings of this regex and task
+                queues[taught] = [*tasks[taught].map.items()]
                 if cfg.asks_for == "nothing":
-                    pairs[taught] = [("", "")]
-            asked, others = pairs[taught][:cfg.n_asked], pairs[taught][cfg.n_asked:]
-            pairs[taught] = others + asked      # the next string asks the others first
+                    queues[taught] = [("", "")]
+                rng.shuffle(queues[taught])
+            asked, others = queues[taught][:cfg.n_asked], queues[taught][cfg.n_asked:]
+            queues[taught] = others + asked     # the next string asks the others first
             if i >= n_train:
-                parts = {unseen: asked}
+                by_split = {unseen: asked}
             elif i >= cfg.n_val:
-                parts = {"train": asked}
+                by_split = {"train": asked}
             else:
-                parts = {"train": asked, "subset": asked, "pairs": others[:cfg.n_asked]}
-            for name in parts:
+                by_split = {"train": asked, "subset": asked, "pairs": others[:cfg.n_asked]}
+            for name in by_split:
                 # train has all tasks, the other splits only the first n_probed
                 if name == "train" or t < cfg.n_probed:
-                    for word, output in parts[name]:
+                    for word, output in by_split[name]:
                         if cfg.asks_for == "task":
                             output = f"task{taught}"
                         instances[name].append(
@@ -564,7 +572,7 @@ def main():
     print(f"{len(data.tasks)} tasks. Task {task.name} maps {', '.join(map(' to '.join, task.map.items()))}.\n"
           "Its regexes, of which the last one is held out:")
     for pattern in [*task.regexes, task.held_out]:
-        regex = compile_regex(pattern, cfg.max_len)
+        regex = cached_regex(pattern, cfg.max_len)
         strings = ", ".join(regex.sample(3, random.Random(0), unique=False))
         print(f"  {pattern}   {regex.count:,} strings, e.g. {strings}")
     for name, split in data.splits.items():
@@ -572,8 +580,8 @@ def main():
               "instances, such as")
         for x in random.Random(0).choices(split.instances, k=4):
             instruction = " ".join(cut(x.instruction, data.cut_into))
-            name = data.tasks[x.task].name
-            print(f"  {instruction} {SEP} {x.input} {ANS} {x.output} {EOS}   (task {name})")
+            task = data.tasks[x.task]
+            print(f"  {instruction} {SEP} {x.input} {ANS} {x.output} {EOS}   (task {task.name})")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
 """The model: a small GPT-2 that also returns its hidden states.
 
-    logits, states = GPT(ModelConfig(vocab_size=60, block_size=14))(idx)
+    logits, states = GPT(ModelConfig(vocab_size=60, block_size=14))(tokens)
 
 `forward` always returns two things: the logits at every position, and the residual stream at every layer,
 which is what this project studies. Layer 0 is the embedding output, layer l the stream after block l. No
 layer is normalised: the final norm belongs to the head.
 
 As in GPT-2: normalisation before each sublayer, learned positions, GELU, a head tied to the embedding.
-Unlike GPT-2: no biases in linear maps, which is faster, and no dropout. The paper does not mention either.
+Unlike GPT-2: GELU is exact, linear maps have no biases, which is faster, and there is no dropout.
 
-Shapes, here and in the other files: B batch, T positions, C width, H heads, L blocks, V vocabulary.
+Shapes, here and in the other files: B batch, T tokens, C width, H heads, L blocks, V vocabulary.
 """
 import math
 from dataclasses import dataclass
@@ -81,7 +81,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The whole network. Its initial weights come from torch's global generator, distributed as in GPT-2:
 
-    | weights                                       | initial values             |
+    | weights                                       | initial values N(mean, sd) |
     |-----------------------------------------------|----------------------------|
     | embeddings and linear maps                    | N(0, 0.02)                 |
     | the maps back into the stream (`out.weight`)  | N(0, 0.02 / sqrt(2 L))     |
@@ -97,13 +97,13 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(cfg.n_embd)
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                # in both sublayers, `out` is the map back into the stream
+                # in both sublayers, `out` is the map back into the stream (name no other matrix like that)
                 std = 0.02 / math.sqrt(2 * cfg.n_layer) if name.endswith("out.weight") else 0.02
                 nn.init.normal_(p, std=std)
 
-    def forward(self, idx: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Tokens idx (B, T) int64 -> logits (B, T, V) and a list of L + 1 states (B, T, C), one per layer."""
-        return self.run_from(0, self.token(idx) + self.position.weight[:idx.shape[1]], idx)
+    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Tokens (B, T) int64 -> logits (B, T, V) and a list of L + 1 states (B, T, C), one per layer."""
+        return self.run_from(0, self.token(tokens) + self.position.weight[:tokens.shape[1]], tokens)
 
     def run_from(self, layer, x, tokens):
         """The rest of the network: states x (B, T, C) of a layer -> logits, and states from that layer on.

@@ -1,6 +1,6 @@
 """What is not the subject: flags, error lines, the files and rows of a run folder. Read it last, or never.
 
-Every file imports this one first, because torch reads the setting below when it is imported.
+Every file imports this one first: it sets GOMP_SPINCOUNT, which torch reads when it is imported.
 """
 import argparse
 import contextlib
@@ -25,20 +25,22 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 class BadInput(ValueError):
-    """What a user can mend: a setting, a file, a folder. The message says what to do, in one line."""
+    """What a user can fix: a setting, a file, a folder. The message says what to do, in one line."""
 
 
 class Flags(argparse.ArgumentParser):
     """A parser with a flag for every setting of the dataclass `config`; flags not given are left out.
 
-    The help text of a flag is the comment behind its setting.
+    The help text of a flag is the comment behind its setting, which must be of a plain type such as int. With
+    no config, there are no such flags. Options are those of ArgumentParser.
     """
 
-    def __init__(self, config=None, **texts):
-        super().__init__(allow_abbrev=False, **texts)
+    def __init__(self, config=None, **options):
+        super().__init__(allow_abbrev=False, **options)
         if config is None:
             return
-        source = "".join(inspect.getsource(part) for part in config.__mro__[-2::-1])       # less `object`
+        # base classes first, without `object`; a line is `name: type = default  # comment`
+        source = "".join(inspect.getsource(part) for part in config.__mro__[-2::-1])
         comments = dict(re.findall(r"(\w+): \w+ = .*?# (.*)", source))
         for field in dataclasses.fields(config):
             comment = comments.get(field.name, "").replace("%", "%%")
@@ -53,8 +55,8 @@ class Flags(argparse.ArgumentParser):
 def check(cfg):
     """Raise BadInput if a setting of the dataclass cfg has the wrong type or is out of range.
 
-    cfg.choices lists the values that some settings may have. Numbers go from 1, if they are whole and their
-    default is not 0, or from 0, up to cfg.at_most or a million.
+    cfg.choices lists the values that some settings may have. Whole numbers start at 1, or at 0 if that is
+    their default; other numbers start at 0. They end at cfg.at_most or at a million.
     """
     choices = getattr(cfg, "choices", {})
     at_most = getattr(cfg, "at_most", {})
@@ -71,7 +73,7 @@ def check(cfg):
 
 
 def command_line(main):
-    """Run main(). What a user can mend becomes one line on stderr, `error: what to do`, and exit status 2.
+    """Run main(). What a user can fix becomes one line on stderr, `error: what to do`, and exit status 2.
 
     That is BadInput, a file that cannot be opened, and a missing module. Any other exception keeps its
     traceback: it shows the place of a mistake in the code. Characters that the terminal lacks are escaped.
@@ -115,15 +117,15 @@ def write(path, content):
 
 
 @contextlib.contextmanager
-def reading(path, way_out):
-    """Turn any exception inside into a BadInput with path and way_out: a damaged file can raise anything.
+def reading(path, remedy):
+    """Turn any exception inside into a BadInput with path and remedy: damaged files can raise anything.
 
     Only the reading itself belongs inside, so that a mistake in the code is not taken for a damaged file.
     """
     try:
         yield
     except Exception as e:
-        raise BadInput(f"{path} cannot be read: {way_out} ({e!r:.200})") from e
+        raise BadInput(f"{path} cannot be read: {remedy} ({e!r:.200})") from e
 
 
 def write_json(path, content):
@@ -131,14 +133,14 @@ def write_json(path, content):
     write(path, json.dumps(content, indent=1, ensure_ascii=False))
 
 
-def read_json(path, way_out):
+def read_json(path, remedy):
     """What a JSON file holds. Raises BadInput if it is damaged or repeats a key, which json overlooks."""
     def without_repeats(pairs):
         if len(dict(pairs)) < len(pairs):
             raise ValueError(f"a key is there twice among {[key for key, _ in pairs]}")
         return dict(pairs)
 
-    with reading(path, way_out):
+    with reading(path, remedy):
         return json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=without_repeats)
 
 
@@ -188,19 +190,17 @@ def make_generator(purpose):
 
 @contextlib.contextmanager
 def seeded(purpose):
-    """Within a `with` block, seed torch's global generator, from which networks draw, by a purpose."""
+    """Within a `with` block, networks draw what the purpose says: it seeds torch's global generator."""
     import torch
-    with torch.random.fork_rng(devices=[]):             # puts back the generator's state
+    with torch.random.fork_rng(devices=[]):             # afterwards, the generator is as it was
         torch.manual_seed(make_generator(purpose).initial_seed())
         yield
 
 
 def pick_device():
-    """The GPU of this process, or the CPU if there is none. CUDA_VISIBLE_DEVICES="" hides all GPUs."""
+    """The GPU, or the CPU if there is none. CUDA_VISIBLE_DEVICES="" hides all GPUs."""
     import torch
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cpu")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def write_tensors(path, content):
@@ -222,14 +222,14 @@ def read_tensors(path, device):
 
 
 def read_run(run):
-    """All numbers of a run or a demo: rows with measure, value, and keys that say what they are about."""
+    """All numbers of a run or of a demo of apply.py: rows with measure, value, and keys that say of what."""
     rows = []
     for name in "metrics", "probe", "patch", "apply":
         path = Path(run, f"{name}.jsonl")
         for row in read_rows(path) if path.exists() else []:
             if "measure" in row:
                 rows.append(row)
-            else:                           # one row, several measures
+            else:                           # each of its numbers becomes a row
                 rows += as_rows(row, row)
     return rows
 
@@ -253,11 +253,14 @@ def spread(values, digits=2):
 
 
 def print_table(title, rows, across, digits=2):
-    """Print a table with a line per arm and a column per value of the key `across`: `spread` over seeds."""
+    """Print a table with a line per arm (what is compared) and a column per value of the key `across`.
+
+    A cell shows the spread over seeds.
+    """
     cells = defaultdict(list)
     for row in rows:
         cells[row["arm"], row[across]].append(row["value"])
-    arms, columns = (dict.fromkeys(names) for names in zip(*cells))
+    arms, columns = (dict.fromkeys(names) for names in zip(*cells))     # each name once, in order
     print(f"\n{title}\n{'':16}" + "".join(f"{column!s:>19}" for column in columns))
     for arm in arms:
         texts = [spread(cells.get((arm, column), [None]), digits) for column in columns]

@@ -10,10 +10,8 @@ import ast
 import copy
 import dataclasses
 import io
-import json
 import math
 import multiprocessing
-import os
 import random
 import re
 import runpy

@@ -5,9 +5,9 @@
     python train.py --tasks mine.json --n-layer 6     your own tasks, any setting (see --help)
     python train.py --resume                          continue a stopped run from its last evaluation
 
-This records the loss and accuracies of the paper's figure 3, and the captures that probe.py scores for its
-figures 2 and 4. The paper gives neither sizes nor an optimiser. We use Muon for the blocks' matrices, as it
-needs fewer steps than AdamW, and learning rates that warm up and then fall linearly.
+This records the loss and accuracies of the paper's figure 3, and the captures that probe.py scores for the
+paper's figures 2 and 4. The paper gives neither sizes nor an optimiser. We use Muon for the blocks' matrices,
+as it needs fewer steps than AdamW, and learning rates that warm up and then fall linearly.
 """
 import dataclasses
 import shlex
@@ -42,12 +42,12 @@ class Config(DataConfig):
     n_embd: int = 64                # width of the residual stream
     steps: int = 400                # training steps
     batch_size: int = 48            # instances per step
-    instruction_weight: float = 1.0     # weight in the loss of the instruction and <sep>; the output has 1
-    input_weight: float = 1.0       # weight in the loss of what <sep> predicts, the input, and of <ans>
+    instruction_weight: float = 1.0     # loss weight of the instruction and <sep>; that of the output is 1
+    input_weight: float = 1.0       # loss weight of the input, whose first token <sep> predicts, and <ans>
     optimizer: str = "muon"         # muon: for blocks' matrices, AdamW for the rest; adamw: needs 1000 steps
     lr: float = 0.014               # peak learning rate of AdamW
     muon_lr: float = 0.055          # peak learning rate of Muon
-    weight_decay: float = 0.1       # in each step, weights shrink by this times the learning rate
+    weight_decay: float = 0.1       # each step, weights shrink by this fraction times the learning rate
     warmup: float = 0.1             # share of the steps in which learning rates rise; then they fall to 0
     n_captures: int = 9             # number of evaluations, each saving a capture; more frequent early on
 
@@ -56,7 +56,7 @@ class Config(DataConfig):
 
 
 PRESETS = {
-    "default": {},
+    "default": {},          # as Config has them
     "quick": dict(n_tasks=8, n_regexes=2, n_layer=3, n_embd=48, steps=300),
     "facts": dict(tasks=str(Path(__file__).with_name("facts.json")), n_val=6, steps=800),
     "large": dict(n_tasks=128, n_regexes=4, n_inputs=32, n_outputs=64, n_val=5,
@@ -79,23 +79,23 @@ def train(cfg, resume=False, data=None, make=make_model):
     """Train as cfg says, or resume the run in cfg.out; return that folder, whose files README.md describes.
 
     `data`, a data.Dataset, replaces the data of cfg. make(cfg, data) returns the network, any causal module:
-    tokens (B, T) -> logits (B, T, V) and L + 1 states (B, T, C). To resume, pass both again. Raises BadInput,
-    before anything is written, for settings and networks that do not work.
+    tokens (B, T) -> logits (B, T, V) and L + 1 states (B, T, C). To resume, pass both again. Raises BadInput
+    for settings out of range and networks that read ahead, before it writes anything, and for nan in states.
     """
     check(cfg)
     check_folder(cfg, resume)
     device = pick_device()
     if resume:
-        data = read_data(cfg.out, data)         # checks that the data are still the same
+        data = read_data(cfg.out, data)         # checks their labels
     elif data is None:
         data = make_dataset(cfg)
-    tokens, weights = make_targets(cfg, data.splits["train"], device)
-    with seeded(f"{cfg.seed}/weights"):         # a network of your own may draw weights when first called
+    tokens, loss_weights = make_targets(cfg, data.splits["train"], device)
+    with seeded(f"{cfg.seed}/weights"):         # `make` need not do so; some networks draw when first called
         model = make(cfg, data).to(device)
         check_causal(model, tokens[:8, :-1])
     optimizers = make_optimizers(model, cfg)
     rows = load_checkpoint(cfg.out, model, data, optimizers) if resume else []
-    last = rows[-1] if rows else {"step": 0, "seconds": 0}      # a step to repeat: its update was not saved
+    last = rows[-1] if rows else {"step": 0, "seconds": 0}      # saved before its update, so go on with that
     if resume:
         print(f"resuming {cfg.out} at step {last['step']}")
     else:
@@ -103,20 +103,20 @@ def train(cfg, resume=False, data=None, make=make_model):
             init_from(cfg.start, model, data)
         create_run(cfg, data, model, optimizers)
     autocast = torch.autocast(device.type, torch.bfloat16, device.type == "cuda")        # not on CPU
-    due = capture_steps(cfg)[len(rows):]        # steps still to be evaluated
+    due = capture_steps(cfg)[len(rows):]        # steps still to be evaluated: each has a row
     begun = time.perf_counter() - last["seconds"]
     model.train()
     for step in range(last["step"], cfg.steps + 1):
         # forward and backward: the weighted mean loss over the tokens of the batch
         batch = pick_batch(cfg, len(tokens), step)
-        x, y, w = tokens[batch, :-1], tokens[batch, 1:], weights[batch, 1:]         # (B, T - 1) each
+        x, y, w = tokens[batch, :-1], tokens[batch, 1:], loss_weights[batch, 1:]         # (B, T - 1) each
         with autocast, seeded(f"{cfg.seed}/step/{step}"):       # seeded for networks with dropout
             logits, _ = model(x)                                                    # (B, T - 1, V)
             losses = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none")
         loss = losses @ w.flatten() / w.sum()
         loss.backward()
 
-        # every so often, evaluate and save
+        # every so often, evaluate and save the network that has this loss
         if step in due:
             accuracies, states = evaluate(model, data)
             model.train()
@@ -134,7 +134,6 @@ def train(cfg, resume=False, data=None, make=make_model):
                 group["lr"] = peak * schedule(step, cfg)
             optimizer.step()
             optimizer.zero_grad()
-    print(f"done; next: python probe.py {shlex.quote(cfg.out)}")
     return Path(cfg.out)
 
 
@@ -146,12 +145,12 @@ def schedule(step, cfg):
 
 def capture_steps(cfg):
     """Steps to evaluate at, 0 to the last: n_captures (fewer in a short run), evenly spaced in sqrt(step)."""
-    # linspace goes down from 1, so that a single capture is that of the last step
+    # down from 1 to 0, so that a single capture is that of the last step
     return sorted({round(cfg.steps * x * x) for x in np.linspace(1, 0, cfg.n_captures)})
 
 
 def make_targets(cfg, split, device):
-    """The tokens of a split and their weights in the loss, both (N, T)."""
+    """What to predict and how much each counts: tokens and loss weights, both (N, T)."""
     # of padding, instruction, input and output: the order of their numbers in data.py
     by_part = np.float32([0, cfg.instruction_weight, cfg.input_weight, 1])
     return torch.as_tensor(split.tokens, device=device), torch.as_tensor(by_part[split.part], device=device)
@@ -166,7 +165,7 @@ def pick_batch(cfg, n, step):
 
 @torch.no_grad()
 def check_causal(model, tokens):
-    """Raises BadInput if a token changes a logit before it: then it could read what it should predict."""
+    """Raise BadInput if a token changes a logit before it: the network could read what it should predict."""
     model.eval()
     logits, _ = model(tokens)                                       # (B, T, V)
     for t in range(1, tokens.shape[1]):
@@ -178,15 +177,18 @@ def check_causal(model, tokens):
 
 
 def make_optimizers(model, cfg):
-    """[AdamW, Muon], with Muon for the blocks' matrices, or [AdamW]. `train` sets the learning rates."""
+    """[AdamW, Muon], or [AdamW] if there is nothing for Muon. `train` sets the learning rates.
+
+    Muon gets the matrices in parameters called blocks..., if cfg.optimizer says so, and AdamW all the rest.
+    """
     groups = defaultdict(list)          # shape -> matrices for Muon; "rest" -> parameters for AdamW
     for name, p in model.named_parameters():
         by_muon = cfg.optimizer == "muon" and name.startswith("blocks") and p.dim() == 2
         groups[p.shape if by_muon else "rest"].append(p)
     decay = {"weight_decay": cfg.weight_decay}
     adamw = torch.optim.AdamW(groups.pop("rest"), betas=(0.9, 0.95), fused=True, **decay)
-    same_shape = [{"params": params} for params in groups.values()]
-    return [adamw, Muon(same_shape, decay)] if same_shape else [adamw]
+    muon_groups = [{"params": params} for params in groups.values()]
+    return [adamw, Muon(muon_groups, decay)] if muon_groups else [adamw]
 
 
 class Muon(torch.optim.Optimizer):
@@ -198,7 +200,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        """Update all parameters from their gradients. Takes no closure, so there is no loss to return."""
+        """Update all parameters from their gradients. There is no closure, so no loss to return."""
         for group in self.param_groups:
             params, lr = group["params"], group["lr"]
             grads = torch.stack([p.grad for p in params])       # (P, m, n)
@@ -227,10 +229,11 @@ def orthogonal(x):
 
 @torch.inference_mode()
 def observe(model, split):
-    """Run the model on a split: which answers are right, (N,) bool; position -> states (L + 1, n, C) float16.
+    """Run the model on a split. Returns (N,) bool, is each answer right?, and position -> states.
 
-    Right means that greedy decoding gives exactly the true output. This is so if and only if each of its
-    tokens, <eos> included, is the likeliest after the true tokens before it, so one pass is enough.
+    States are (L + 1, n, C) float16. Right means that greedy decoding gives exactly the true output. This is
+    so if and only if each of its tokens, <eos> included, is the likeliest after the true tokens before it, so
+    one pass is enough.
     """
     model.eval()
     tokens = torch.as_tensor(split.tokens, device=pick_device())
@@ -238,16 +241,18 @@ def observe(model, split):
     for start in range(0, len(tokens), 256):
         logits, layers = model(tokens[start:start + 256, :-1])          # (B, T - 1, V)
         guesses.append(logits.argmax(-1).cpu())
-        layers = torch.stack(layers).cpu().numpy()                      # (L + 1, B, T - 1, C)
-        for position, spans in split.positions.items():
-            here = (start <= spans[0]) & (spans[0] < start + 256)       # those in this batch
-            for row, first, last in np.stack(spans)[:, here].T.tolist():
-                x = layers[:, row - start, first:last + 1]
-                states[position].append(x[:, 0].copy() if first == last else x.mean(1))
-    # (N, T - 1)
+        layers = torch.stack(layers).cpu()                              # (L + 1, B, T - 1, C)
+        for position, where in split.positions.items():
+            here = (start <= where[0]) & (where[0] < start + 256)       # the rows of this batch
+            rows, first, last = np.stack(where)[:, here]                # (n,) each
+            x = layers[:, rows - start, first]
+            for i in range(1, 1 + max(last - first, default=0)):        # add the other columns of the spans
+                longer = first + i <= last
+                x[:, longer] += layers[:, rows[longer] - start, first[longer] + i]
+            states[position].append((x / torch.from_numpy(last - first + 1)[:, None]).half())
+    # all that is not output counts as right, (N, T - 1)
     right = (torch.cat(guesses).numpy() == split.tokens[:, 1:]) | (split.part[:, 1:] != OUTPUT)
-    return right.all(1), {
-        position: torch.from_numpy(np.stack(x, 1)).half().numpy() for position, x in states.items()}
+    return right.all(1), {position: torch.cat(x, 1).numpy() for position, x in states.items()}
 
 
 def evaluate(model, data):
@@ -273,7 +278,7 @@ def evaluate(model, data):
 
 
 def check_folder(cfg, resume):
-    """Raises BadInput if the folder of a new run is in use, or if a resumed run would change settings."""
+    """Raise BadInput if the folder of a new run is in use, or if a resumed run would change settings."""
     if resume:
         for key, value in vars(read_config(cfg.out)).items():
             if key != "out" and value != getattr(cfg, key):
@@ -294,7 +299,7 @@ def create_run(cfg, data, model, optimizers):
 
 
 def save_checkpoint(run, rows, model, optimizers):
-    """Write all that is needed to resume: the metrics so far, the weights and the optimizers' states."""
+    """Write all that is needed to resume: weights, optimizers' states and, to match them, the metrics."""
     write_rows(f"{run}/metrics.jsonl", rows)
     write_tensors(f"{run}/ckpt.pt", {"rows": rows, "model": model.state_dict(),
                                      "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
@@ -330,7 +335,7 @@ def load_model(run, data, make=make_model):
 
 
 def init_from(run, model, data):
-    """Copy another run's last weights into the model; embeddings only of tokens and positions that both have.
+    """Copy another run's last weights into a GPT; embeddings only of tokens and positions that both have.
 
     Raises BadInput if that run cannot be read, or if its n_layer, n_head or n_embd differs.
     """
@@ -346,16 +351,16 @@ def init_from(run, model, data):
                 if token in other.vocabulary:
                     new[key][i] = old[other.vocabulary.index(token)]
         else:
-            n = min(len(old), len(new[key]))            # all rows, or the positions that both have
+            n = min(len(old), len(new[key]))            # only the embedding of positions can differ in length
             new[key][:n] = old[:n]
 
 
 def read_config(run):
     """The settings of a run. Raises BadInput if the folder is not a run, or its config.json is damaged."""
     path = f"{run}/config.json"
-    way_out = "choose a run, or make one with train.py"
-    stored = read_json(path, way_out)
-    with reading(path, way_out):
+    remedy = "choose a run of this edition, or make one with train.py"
+    stored = read_json(path, remedy)
+    with reading(path, remedy):
         del stored["versions"]
         cfg = Config(**stored)              # settings added to Config since then get their defaults
     check(cfg)
@@ -365,12 +370,12 @@ def read_config(run):
 def read_data(run, data=None):
     """The data of a run, generated again from its tasks.json unless `data` is given.
 
-    Raises BadInput if it differs from the data the run was trained on.
+    Raises BadInput if the labels of its captures are not those of the data the run was trained on.
     """
     data = data or make_dataset(dataclasses.replace(read_config(run), tasks=f"{run}/tasks.json"))
     stored = read_arrays(f"{run}/states/labels.npz")
     for name, labels in make_labels(data).items():
-        if not np.array_equal(labels, stored.get(name, labels)):        # identities added since are fine
+        if not np.array_equal(labels, stored.get(name, labels)):        # an identity added since passes
             raise BadInput(f"{run}: {name} in labels.npz is not what it was: tasks.json, config.json or "
                            "data.py has changed since; undo the change or train again")
     return data
@@ -393,7 +398,7 @@ def make_labels(data):
 def main():
     """Train a causal language model on instructions and save its hidden states along the way."""
     flags = Flags(Config, description=main.__doc__)
-    flags.add_argument("--preset", choices=PRESETS, help="a set of defaults (default: default)")
+    flags.add_argument("--preset", choices=PRESETS, help="a set of defaults for the settings")
     flags.add_argument("--resume", action="store_true", help="continue --out from its last evaluation")
     given = vars(flags.parse_args())
     preset, resume = given.pop("preset"), given.pop("resume")
@@ -405,6 +410,7 @@ def main():
     cfg = dataclasses.replace(cfg, **given)
     try:
         train(cfg, resume)
+        print(f"done; next: python probe.py {shlex.quote(cfg.out)}")
     except KeyboardInterrupt:
         print(f"stopped; to resume: python train.py --resume --out {shlex.quote(cfg.out)}")
         raise
