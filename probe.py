@@ -646,8 +646,8 @@ def read_states(folder, steps, name, n):
         path = capture_path(folder, step)
         x = read_arrays(path).get(name)
         if x is None:
-            raise BadInput(f"{path} has no {name}: if its position is new in data.py, train again; in a folder of "
-                           "your own, every capture must hold all that labels.npz has labels for")
+            raise BadInput(f"{path} has no {name}: if its position is new in data.py, train again; in a folder "
+                           "of your own, every capture must hold all that labels.npz has labels for")
         if x.dtype.kind != "f" or x.ndim != 3 or x.shape[1] != n or not x.size or not np.isfinite(x).all():
             raise BadInput(f"{path}: {name} must be finite floats, layers x {n} (as many as labels) x width, "
                            f"but it has the shape {x.shape} and type {x.dtype}")

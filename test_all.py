@@ -311,7 +311,7 @@ def test_a_row_of_tokens_is_the_instance_and_states_are_read_at_sep_and_ans(data
     texts = [[dataset.vocabulary[i] for i in row] for row in split.tokens]
     for x, text, part in zip(split.instances, texts, split.part):
         assert text == [*x.instruction, "<sep>", x.input, "<ans>", x.output, "<eos>"]
-        assert part.tolist() == [1] * 11 + [2] * 2 + [3] * 2        # instruction, input, output; with their ends
+        assert part.tolist() == [1] * 11 + [2] * 2 + [3] * 2        # instruction, input, output, with ends
     for position, token, n in ("instruction", "<sep>", 480), ("answer", "<ans>", 2400):
         rows, columns, last = split.positions[position]
         assert np.array_equal(columns, last)
